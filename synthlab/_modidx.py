@@ -77,6 +77,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'synthlab.lm.rollouts._rollout': ('rollouts.html#_rollout', 'synthlab/lm/rollouts.py'),
                                       'synthlab.lm.rollouts._warn_failed': ('rollouts.html#_warn_failed', 'synthlab/lm/rollouts.py'),
                                       'synthlab.lm.rollouts.complete_all': ('rollouts.html#complete_all', 'synthlab/lm/rollouts.py'),
+                                      'synthlab.lm.rollouts.logprobs_all': ('rollouts.html#logprobs_all', 'synthlab/lm/rollouts.py'),
                                       'synthlab.lm.rollouts.sample': ('rollouts.html#sample', 'synthlab/lm/rollouts.py')},
             'synthlab.store': { 'synthlab.store.Store': ('store.html#store', 'synthlab/store.py'),
                                 'synthlab.store.Store.__init__': ('store.html#store.__init__', 'synthlab/store.py'),

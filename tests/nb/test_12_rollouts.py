@@ -5,10 +5,11 @@ import time, warnings
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+import numpy as np
 from tqdm.auto import tqdm
-from synthlab.core import BadInput, Group, Rollout, Task, Usage, derive_seed
-from synthlab.lm.backends import Completion, LM, Request, Sampling, completion_key, model_id
-from synthlab.store import Store
+from synthlab.core import BadInput, Group, Message, Rollout, Task, derive_seed
+from synthlab.lm.backends import Completion, LM, Request, Sampling, ScoringLM, completion_key, model_id
+from synthlab.store import Store, work_key
 
 from synthlab.lm.rollouts import *
 
@@ -16,6 +17,16 @@ import tempfile
 from synthlab.core import new_task
 from synthlab.lm.backends import Stub
 TASKS = [new_task(f"What is {i} + 1?", answer=str(i + 1)) for i in range(6)]
+
+
+def test_scores_are_journalled():
+    import tempfile
+    from synthlab.lm.backends import Stub
+    pairs, s = [([{"role": "user", "content": f"q{i}"}], "a b c") for i in range(5)], Store(tempfile.mkdtemp())
+    first = logprobs_all(Stub(), pairs, s, block=2)
+    class Mute(Stub):
+        def logprobs(self, pairs): raise AssertionError("asked again")
+    assert all((a == b).all() for a, b in zip(first, logprobs_all(Mute(), pairs[::-1], s)[::-1])) and s.counts() == {"logprobs": 5}
 
 
 def test_schedule_changes_nothing():
