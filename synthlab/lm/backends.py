@@ -186,7 +186,7 @@ OPENERS: dict[str, str | Callable] = {  # scheme -> "module:function" or a calla
     "openai": "synthlab.lm.remote:openai_lm",
     "anthropic": "synthlab.lm.remote:anthropic_lm",
     "replay": lambda rest, **kw: Replay(rest.partition("#")[0], rest.partition("#")[2] or None, **kw),
-    "stub": lambda rest, **kw: Stub(**kw),
+    "stub": lambda rest, **kw: Stub(delay=float(rest or 0), **kw),  # "stub:0.05" takes 0.05 s a request
 }
 _EXAMPLES = ('"embedded" (the default), "hf:Qwen/Qwen3-0.6B" or "hf:FOLDER", "gguf:FILE.gguf", "openai:MODEL" or "openai:MODEL@https://HOST/v1", '
              '"anthropic:MODEL", "replay:RUN_FOLDER" and "stub"')
