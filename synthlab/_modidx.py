@@ -170,6 +170,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'synthlab.lab.widgets.Live._repr_mimebundle_': ( 'widgets.html#live._repr_mimebundle_',
                                                                                        'synthlab/lab/widgets.py'),
                                       'synthlab.lab.widgets.Live.act': ('widgets.html#live.act', 'synthlab/lab/widgets.py'),
+                                      'synthlab.lab.widgets.Live.display_data': ( 'widgets.html#live.display_data',
+                                                                                  'synthlab/lab/widgets.py'),
                                       'synthlab.lab.widgets.Live.pages': ('widgets.html#live.pages', 'synthlab/lab/widgets.py'),
                                       'synthlab.lab.widgets.Live.step': ('widgets.html#live.step', 'synthlab/lab/widgets.py'),
                                       'synthlab.lab.widgets.Live.still': ('widgets.html#live.still', 'synthlab/lab/widgets.py'),

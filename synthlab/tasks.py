@@ -48,16 +48,17 @@ class BadRows(BadInput):
         self.rows = list(rows)
         shown = "\n".join(f"  {where}: {why}" for where, why in self.rows[:10])
         more = f"\n  and {len(self.rows) - 10} more" if len(self.rows) > 10 else ""
-        super().__init__(f"{source}: {len(self.rows)} bad row(s); mend them, or pass on_bad='skip' to go on without them\n{shown}{more}")
+        super().__init__(f"{source}: {len(self.rows)} bad row(s); mend them, or go on without them by on_bad='skip' (--skip-bad on the command line)\n{shown}{more}")
 
 # %% ../nbs/02_tasks.ipynb #defb2802
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     "Rows of a JSON-lines file as (where, row or exception). Splits on newlines alone: JSON text may hold other line separators."
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
+    lines = path.read_bytes().split(b"\n")  # a file that ends with a line break has an empty last element
+    for number, raw in enumerate(lines, 1):
         if not raw.strip(): continue
         try: row: Any = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as e: row = ValueError(f"not UTF-8 at byte {e.start}")
-        except json.JSONDecodeError as e: row = ValueError(f"not JSON ({e.msg}); a torn last line?" if e.pos >= len(e.doc.rstrip()) - 1 else f"not JSON ({e.msg} at column {e.colno})")
+        except json.JSONDecodeError as e: row = ValueError("a torn last line: the file ends in the middle of a row" if number == len(lines) else f"not JSON: {e.msg}, column {e.colno}")
         yield f"{path.name} line {number}", row
 
 # %% ../nbs/02_tasks.ipynb #fb6b1f79

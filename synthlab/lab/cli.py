@@ -34,6 +34,7 @@ class RunSettings:
     max_tokens: int = 128
     show_question: bool = False
     config: str = ""  # settings of a reasoning-gym set, as "key=value,key=value"
+    skip_bad: bool = False  # go on without rows of a file that cannot be used
 
 # %% ../../nbs/83_cli.ipynb #6a877aa5
 def parse_config(text: str) -> dict[str, Any]:
@@ -70,8 +71,9 @@ def sample_run(folder: str | Path, s: RunSettings):
     from synthlab.lm.rollouts import sample
     from synthlab.tasks import load_tasks
     config = parse_config(s.config)
-    tasks = load_tasks(s.tasks, n=s.n, seed=s.seed, **config)
+    tasks = load_tasks(s.tasks, n=s.n, seed=s.seed, on_bad="skip" if s.skip_bad else "raise", **config)
     policy = load_lm(s.model)
+    open_run(folder, s)  # only now is anything written: tasks and model are good
     return policy, sample(policy, tasks, n=s.rollouts, temperature=s.temperature, max_tokens=s.max_tokens, seed=s.seed, store=folder)
 
 # %% ../../nbs/83_cli.ipynb #56eba481
@@ -80,7 +82,6 @@ def run_cat(folder: str | Path, s: RunSettings):
     from synthlab.lm.backends import load_lm
     from synthlab.methods.compare import compare
     from synthlab.store import write_parquet
-    open_run(folder, s)
     policy, groups = sample_run(folder, s)
     anchor = load_lm(s.anchor) if s.anchor else policy
     names = [e.strip() for e in s.estimators.split(",") if e.strip()]
@@ -143,9 +144,10 @@ def cat(
     estimators: Annotated[str, typer.Option(help="Comma-separated; the first one makes the data set.")] = ESTIMATORS,
     seed: int = 0, temperature: float = 0.8, max_tokens: int = 128, show_question: Annotated[bool, typer.Option(help="Show the anchor the question.")] = False,
     config: Annotated[str, typer.Option(help="Settings of a reasoning-gym set: key=value,key=value.")] = "",
+    skip_bad: Annotated[bool, typer.Option(help="Go on without rows of a file that cannot be used, after naming them.")] = False,
 ) -> None:
     "Compute as Teacher: sample rollouts, estimate references, compare, and write a data set and a report."
-    s = RunSettings(tasks, n, rollouts, model, anchor, estimators, seed, temperature, max_tokens, show_question, config)
+    s = RunSettings(tasks, n, rollouts, model, anchor, estimators, seed, temperature, max_tokens, show_question, config, skip_bad)
     result = run_cat(out, s)
     console = Console()
     console.print(summary_table(result.table))
@@ -206,14 +208,16 @@ def doctor(run: Annotated[Path | None, typer.Argument(help="A run folder, to che
 # %% ../../nbs/83_cli.ipynb #e2661e31
 def main(argv: Sequence[str] | None = None) -> None:
     "Entry point of the `synthlab` command."
-    try: app(args=None if argv is None else list(argv), standalone_mode=False)
-    except KeyboardInterrupt: _leave("interrupted: finished work is kept; run the same command again to go on", 130)
+    resume = "interrupted: finished work is kept; run the same command again to go on"
+    try: code = app(args=None if argv is None else list(argv), standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort): code = 130
     except (BadInput, MissingExtra) as e: _leave(f"error: {e}", 2)
     except SynthlabError as e: _leave(f"failed: {e}", 1)
     except Exception as e:
-        if type(e).__module__.split(".")[0] not in ("click", "typer"): raise
-        if isinstance(e, getattr(sys.modules.get("click.exceptions"), "Abort", ())): _leave("interrupted: finished work is kept; run the same command again to go on", 130)
-        _leave(f"error: {getattr(e, 'format_message', lambda: str(e))()}", getattr(e, "exit_code", 2))
+        if not hasattr(e, "format_message"): raise  # a usage error of the command line parser has one
+        _leave(f"error: {e.format_message()}", 2)
+    if code == 130: _leave(resume, 130)
+    if code: raise SystemExit(code)
 
 def _leave(message: str, code: int) -> None:
     typer.echo(message, err=True)

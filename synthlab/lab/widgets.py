@@ -339,9 +339,10 @@ _BAR_CSS = """
 .sl .sl-bar input { flex: 1 1 140px; min-width: 0; }
 .sl .sl-bar button { cursor: pointer; white-space: nowrap; }
 .sl .sl-bar button:hover { background: var(--sl-soft); }
-.sl .sl-bar button[aria-pressed="true"] { border-color: var(--sl-ref); box-shadow: inset 0 0 0 1px var(--sl-ref); color: var(--sl-ref); font-weight: 600; }
+.sl .sl-bar button[aria-pressed="true"] { border-color: var(--sl-ref); box-shadow: inset 0 0 0 1px var(--sl-ref); color: var(--sl-ref); }
 .sl .sl-bar button[aria-disabled="true"] { opacity: .45; cursor: default; }
 .sl :focus-visible { outline: 2px solid var(--sl-ref); outline-offset: 1px; }
+.sl .sl-right-end { margin-left: auto; }
 .sl .sl-group { display: inline-flex; flex-wrap: wrap; gap: 4px; }
 .sl .sl-status { color: var(--sl-dim); min-width: 7em; }
 .sl .sl-empty { padding: 24px; text-align: center; color: var(--sl-dim); }
@@ -379,8 +380,8 @@ def controls_html(cat: Catalogue, view: View) -> str:
             f'<select data-act="go" data-key="go" data-at="{view.at}" aria-label="Task"></select>'
             f'<input type="search" data-act="search" data-key="search" value="{escape(view.query)}" placeholder="Search prompts" aria-label="Search prompts"></div>'
             f'<div class="sl-bar"><span class="sl-group" role="group" aria-label="Filter">{filters}</span>'
-            f'<span class="sl-group" role="group" aria-label="Layout">{layouts}</span>'
-            f'{_button("shade", "", "Token log-probs", view.shaded, hint="Shade tokens by log-probability")}</div>')
+            f'<span class="sl-group sl-right-end" role="group" aria-label="Display">{layouts}'
+            f'{_button("shade", "", "Token log-probs", view.shaded, hint="Shade tokens by log-probability")}</span></div>')
 
 def page_html(cat: Catalogue, view: View, tokenizer: Any = None) -> str:
     "The whole explorer for one view: controls and the case it is at."
@@ -475,9 +476,12 @@ class Live:
                 self._widget.on_msg(self._receive)
             return self._widget
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
+    def _repr_mimebundle_(self, include=None, exclude=None): return self.display_data(_has_front_end())
+
+    def display_data(self, live: bool) -> tuple[dict, dict]:
+        "What a notebook gets to display, with its metadata: always a static rendering, and with `live` the widget too."
         still = {"text/plain": repr(self), "text/html": self.still()}
-        if not _has_front_end(): return still
+        if not live: return still, {}
         data, meta = self.widget._repr_mimebundle_() or ({}, {})
         return {**data, **still}, meta
 

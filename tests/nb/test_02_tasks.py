@@ -37,7 +37,7 @@ def test_every_bad_row_is_named_with_its_line():
     f = Path(tempfile.mkdtemp()) / "t.jsonl"
     f.write_bytes('{"question": "2+2?", "answer": 4}\n\n{"question": ""}\n[1]\n'.encode() + b'{"question": "\xff"}\n' + b'{"question": "2+2?", "answer": "4"}\n{"question": "torn')
     with pytest.raises(BadRows) as e: load_tasks(f)
-    assert [(w.split(" line ")[1], r[:7]) for w, r in e.value.rows] == [("3", "no ques"), ("4", "a row i"), ("5", "not UTF"), ("6", "same id"), ("7", "not JSO")]
+    assert [(w.split(" line ")[1], r[:7]) for w, r in e.value.rows] == [("3", "no ques"), ("4", "a row i"), ("5", "not UTF"), ("6", "same id"), ("7", "a torn ")]
     with pytest.warns(UserWarning, match="5 row"): assert [t.answer for t in load_tasks(f, on_bad="skip")] == ["4"]
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
+from jax.core import Tracer
 from synthlab.core import BadInput, SynthlabError, atomic_write
 
 from synthlab.lm.jaxlm import *
 
 import torch, transformers
+transformers.utils.logging.disable_progress_bar()
 
 def tiny_torch(family, seed=0, **settings):
     torch.manual_seed(seed)

@@ -32,7 +32,7 @@ def demo_run(n=4, G=4):
         a, b = 12 + 7 * t, 5 + 3 * t
         gold, kind = str(a + b), t % 4
         task = new_task(f"A shelf holds {a} books. {b} more arrive. How many are there?", answer=gold)
-        said = [[gold] * G, [gold, gold, str(a - b), None], [str(a + b + 10)] * (G - 1) + [gold], [str(a - b)] * G][kind]
+        said = [[gold] * 4, [gold, gold, str(a - b), None], [str(a + b + 10)] * 3 + [gold], [str(a - b)] * 4][kind]
         said = [said[i % 4] for i in range(G)]
         texts = ["I am not sure about this one." if s is None else f"There were {a} books and {b} arrive, so I count {s} books. The answer is \\boxed{{{s}}}." for s in said]
         if kind == 3: texts[0] = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> \\boxed{" + said[0] + "}"
@@ -187,11 +187,12 @@ def test_actions_from_many_threads_all_count():
     assert explorer.view.at == 40 and "41 of 60" in explorer.widget.page
 
 
-def test_without_a_kernel_it_displays_static_html():
+def test_without_a_front_end_it_displays_static_html():
     groups, references, answers, verdicts, tok = demo_run()
     explorer = RolloutExplorer(groups, references, tok, answers, verdicts)
-    bundle = explorer._repr_mimebundle_()
-    assert set(bundle) == {"text/plain", "text/html"} and explorer._widget is None and bundle == RolloutExplorer(*demo_run()[:2], tok, answers, verdicts)._repr_mimebundle_()
+    data, _ = explorer.display_data(live=False)
+    assert set(data) == {"text/plain", "text/html"} and explorer._widget is None and data == RolloutExplorer(*demo_run()[:2], tok, answers, verdicts).display_data(live=False)[0]
+    assert set(explorer.display_data(live=True)[0]) == set(data) | {"application/vnd.jupyter.widget-view+json"}
     assert explorer.html(groups[2].task.id) == explorer.html(2) != explorer.html(1)
 
 

@@ -1,0 +1,139 @@
+"""Faults from outside: kill -9, Ctrl-C, full disks, read-only folders, torn and foreign files. Nothing is lost, nothing is half-written."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from synthlab.core import BadInput, atomic_write
+from synthlab.store import Store, StoreError
+
+CAT = [sys.executable, "-c", "from synthlab.lab.cli import main; main()", "cat"]
+STUB = ["--model", "stub:0.02", "--n", "24", "--rollouts", "8", "--estimators", "synthesis,majority,random"]
+EMBEDDED = ["--n", "3", "--rollouts", "4", "--max-tokens", "24", "--config", "min_terms=2,max_terms=2,min_digits=1,max_digits=1",
+            "--estimators", "synthesis,majority,min_ppl,mutual"]
+
+
+def cat(out, *args):
+    return subprocess.run([*CAT, "--out", str(out), *args], capture_output=True, text=True)
+
+
+def made(run):
+    "The files of a run by name, without the journal, whose bytes depend on when things were committed."
+    return {str(p.relative_to(run)): p.read_bytes() for p in Path(run).rglob("*") if p.is_file() and "journal" not in p.name}
+
+
+def killed_at_random_moments(run, args, span, seed, times=5):
+    "Start the run again and again, killing it each time; how many kills found it still working."
+    rng, alive = random.Random(seed), 0
+    for _ in range(times):
+        child = subprocess.Popen([*CAT, "--out", str(run), *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(*span))
+        alive += child.poll() is None
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert not (run / "journal.sqlite").exists() or Store(run).check() == []
+    return alive
+
+
+def test_five_kills_change_nothing_with_the_stub(tmp_path):
+    assert cat(tmp_path / "whole", *STUB).returncode == 0
+    assert killed_at_random_moments(tmp_path / "killed", STUB, (0.6, 2.5), seed=1) >= 3
+    done = cat(tmp_path / "killed", *STUB)
+    assert done.returncode == 0, done.stderr
+    assert made(tmp_path / "killed") == made(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_five_kills_change_nothing_with_the_embedded_model(tmp_path):
+    assert cat(tmp_path / "whole", *EMBEDDED).returncode == 0
+    assert killed_at_random_moments(tmp_path / "killed", EMBEDDED, (4, 14), seed=2) >= 3
+    assert cat(tmp_path / "killed", *EMBEDDED).returncode == 0
+    assert made(tmp_path / "killed") == made(tmp_path / "whole")
+
+
+def test_ctrl_c_keeps_what_was_finished_and_says_how_to_go_on(tmp_path):
+    args = ["--model", "stub:0.5", "--n", "8", "--rollouts", "8", "--estimators", "majority"]
+    child = subprocess.Popen([*CAT, "--out", str(tmp_path), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not ((tmp_path / "journal.sqlite").exists() and Store(tmp_path).counts()): time.sleep(.1)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=20)
+    assert child.returncode == 130 and "run the same command again" in err and "Traceback" not in err
+    assert 0 < Store(tmp_path).counts()["completion"] < 64 and set(made(tmp_path)) == {"run.json"}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of one megabyte."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode: pytest.skip("mounting a tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_explained_and_the_run_goes_on_later(small_disk, tmp_path):
+    args = ["--model", "stub", "--n", "4", "--rollouts", "4", "--estimators", "majority"]
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * (1024 * 1024 - 60 * 1024))
+    full = cat(small_disk / "run", *args)
+    assert full.returncode in (1, 2) and "space" in full.stderr and "Traceback" not in full.stderr, full.stderr
+    assert not [p for p in (small_disk / "run").rglob("*") if p.suffix == ".tmp"]
+    ballast.unlink()
+    assert cat(small_disk / "run", *args).returncode == 0
+    assert cat(tmp_path / "whole", *args).returncode == 0 and made(small_disk / "run") == made(tmp_path / "whole")
+
+
+def test_a_write_that_does_not_fit_leaves_nothing(small_disk):
+    with pytest.raises(BadInput, match="nothing was left behind"): atomic_write(small_disk / "big", b"x" * 2_000_000)
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    "A folder that even root cannot write to."
+    folder = tmp_path / "ro"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(folder)], capture_output=True).returncode: pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_read_only_folder_is_explained(read_only):
+    done = cat(read_only / "run", "--model", "stub", "--n", "2")
+    assert done.returncode == 2 and "cannot write" in done.stderr and "Choose another folder" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(StoreError, match="choose another folder"): Store(read_only / "run")
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--tasks", "TORN"], ["torn.jsonl line 2", "torn last line", "--skip-bad"]), (["--tasks", "LATIN"], ["latin.jsonl line 1", "not UTF-8 at byte"]),
+    (["--tasks", "TWICE"], ["twice.jsonl line 2", "same id"]), (["--tasks", "EMPTY"], ["holds no task"]), (["--tasks", "missing.jsonl"], ["neither a file"]),
+    (["--model", "gtp:5"], ["unknown model spec"]), (["--model", "gguf:none.gguf"], ["no such file"])])
+def test_bad_input_is_refused_before_anything_is_made(tmp_path, args, words):
+    (tmp_path / "torn.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n{"question": "3+')
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "Gr\xfc\xdfe?"}\n'.encode("latin-1"))
+    (tmp_path / "twice.jsonl").write_text('{"id": "a", "question": "2+2?"}\n{"id": "a", "question": "3+3?"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    args = [str(tmp_path / f"{a.lower()}.jsonl") if a.isupper() else a for a in args]
+    done = cat(tmp_path / "run", "--model", "stub", "--n", "1", *args)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for w in words: assert w in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+def test_two_processes_share_a_journal(tmp_path):
+    code = "import sys\nfrom synthlab.store import Store\ns = Store(sys.argv[1])\nfor i in range(200): s.put('x', {f'{sys.argv[2]}-{i}': i, f'both-{i}': i})"
+    children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)]) for n in range(3)]
+    assert [c.wait() for c in children] == [0, 0, 0]
+    assert Store(tmp_path).counts() == {"x": 800} and Store(tmp_path).check() == []
+
+
+def test_open_files_do_not_pile_up(tmp_path):
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    for _ in range(50): Store(tmp_path).close()
+    assert not before or len(os.listdir("/proc/self/fd")) <= before + 2
