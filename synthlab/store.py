@@ -42,8 +42,8 @@ def _explained(path):
         raise StoreError(f"{path}: {e}: {advice}") from e
 
 # %% ../nbs/01_store.ipynb #1803aaf0
-class Store:
-    "A journal of finished work in one folder. Safe from any thread and from several processes of one machine."
+class _Database:
+    "A SQLite file with one connection a thread, made when the thread first needs it."
 
     def __init__(self,
         folder: str | Path,  # created if missing; not on a network file system, which breaks SQLite's locking
@@ -63,6 +63,14 @@ class Store:
                 for pragma in ("journal_mode=wal", "synchronous=full", "busy_timeout=30000"): db.execute(f"pragma {pragma}")
                 self._local.db = db
             yield self._local.db
+
+    def close(self) -> None:
+        "Close this thread's connection."
+        if getattr(self._local, "db", None) is not None: self._local.db.close(); self._local.db = None
+
+# %% ../nbs/01_store.ipynb #81a6e78e
+class Store(_Database):
+    "A journal of finished work in one folder. Safe from any thread and from several processes of one machine."
 
     def put(self,
         kind: str,
@@ -103,19 +111,19 @@ class Store:
 
     def check(self) -> list[str]:
         "Problems found by SQLite's own integrity check and by reading every row; an empty list means the journal is sound."
-        try:
-            with self._connection() as db:
-                problems = [r for (r,) in db.execute("pragma integrity_check") if r != "ok"]
-                kinds = [k for (k,) in db.execute("select distinct kind from work")]
-        except StoreError as e: return [str(e)]
-        for kind in kinds:
-            try: self.rows(kind)
-            except SynthlabError as e: problems.append(str(e))
-        return problems
+        return _problems(self)
 
-    def close(self) -> None:
-        "Close this thread's connection."
-        if getattr(self._local, "db", None) is not None: self._local.db.close(); self._local.db = None
+# %% ../nbs/01_store.ipynb #058ebefe
+def _problems(store: Store) -> list[str]:
+    try:
+        with store._connection() as db:
+            problems = [r for (r,) in db.execute("pragma integrity_check") if r != "ok"]
+            kinds = [k for (k,) in db.execute("select distinct kind from work")]
+    except StoreError as e: return [str(e)]
+    for kind in kinds:
+        try: store.rows(kind)
+        except SynthlabError as e: problems.append(str(e))
+    return problems
 
 # %% ../nbs/01_store.ipynb #d86b5d45
 def write_parquet(

@@ -65,7 +65,7 @@ def readme(path=Path("nbs/index.ipynb")):
     for cell in NBProcessor(path).nb.cells:
         if {"hide", "default_exp"} & set(cell.directives_): continue
         source = cell.source.strip()
-        if cell.cell_type == "markdown": parts.append(source.replace("](images/", "](nbs/images/"))
+        if cell.cell_type == "markdown": parts.append(re.sub(r"\]\((?=[\w/]+\.(ipynb|png)\))", "](nbs/", source).replace("](../", "]("))
         elif source: parts += [f"```python\n{source}\n```", *filter(None, map(text_of, cell.get("outputs", [])))]
     return "\n\n".join(parts) + "\n"
 

@@ -111,10 +111,11 @@ def _write_page(folder, s: RunSettings, result) -> None:
     from synthlab.lab.plots import interval_plot
     from synthlab.lab.report import write_report
     from synthlab.methods.cat import group_answers
+    from synthlab.methods.compare import readable
     t = result.table
     best = t.estimator[t.accuracy.idxmax()] if t.accuracy.notna().any() else "none"
     figure = interval_plot(t.estimator.tolist(), t.accuracy.tolist(), t.ci_low.tolist(), t.ci_high.tolist(), title=f"Right answers by estimator; highest: {best}", size=(5.5, 3.2))
-    write_report(Path(folder) / "report.html", f"Compute as Teacher on {s.tasks}", summary={k: str(v) for k, v in asdict(s).items() if v != ""}, table=t,
+    write_report(Path(folder) / "report.html", f"Compute as Teacher on {s.tasks}", summary={k: str(v) for k, v in asdict(s).items() if v != ""}, table=readable(t),
                  figures=[("Accuracy of each reference estimator, 95% bootstrap intervals over tasks.", figure)], groups=result.groups, references=result.references,
                  answers=[group_answers(g) for g in result.groups], verdicts=result.verdicts, accounting=result.accounting,
                  notes=[f"Tokens by role: {'; '.join(f'{r.role} {r.prompt_tokens} read, {r.completion_tokens} written' for r in result.tokens.itertuples())}."])
@@ -122,12 +123,11 @@ def _write_page(folder, s: RunSettings, result) -> None:
 # %% ../../nbs/83_cli.ipynb #589e3c76
 def summary_table(table) -> Table:
     "The estimator table for a terminal."
-    out = Table(title="accuracy by reference estimator (95% interval)", title_justify="left", header_style="bold")
-    for name, justify in (("estimator", "left"), ("accuracy", "right"), ("interval", "right"), ("vs majority", "right"), ("right when all wrong", "right")): out.add_column(name, justify=justify)
-    for r in table.itertuples():
-        versus = "" if r.vs_majority != r.vs_majority else f"{r.vs_majority:+.3f} [{r.vs_low:+.3f}, {r.vs_high:+.3f}]"
-        wrong = "" if r.all_wrong != r.all_wrong else f"{int(r.right_when_all_wrong)} of {int(r.all_wrong)}"
-        out.add_row(r.estimator, f"{r.accuracy:.3f}", f"[{r.ci_low:.3f}, {r.ci_high:.3f}]", versus, wrong)
+    from synthlab.methods.compare import readable
+    text = readable(table).drop(columns=["n", "majority right then"])
+    out = Table(title="Right answers by reference estimator", title_justify="left", header_style="bold")
+    for name in text: out.add_column(name, justify="left" if name == "estimator" else "right", no_wrap=name == "estimator")
+    for row in text.itertuples(index=False): out.add_row(*row)
     return out
 
 # %% ../../nbs/83_cli.ipynb #97e59465
