@@ -28,8 +28,8 @@ _odd = re.compile(r"[^ -~π√∞±×÷·−°≤≥≠∪∩∈∅αβγδθλ�
 # %% ../../nbs/30_verify.ipynb #dc8da1a0
 def _is_answer(s: str) -> bool:
     "Tell whether `s` is an answer by itself: one line of mathematics, or at most two words."
+    if re.fullmatch(r"\\text\{[^{}\\$\n]*\w[^{}\\$\n]*\}", s): return True
     if not s or len(s) > 10_000 or "\n" in s or "$" in s or s[-1] in ".,;:?*" or s[0] in "*:=" or _marker.search(s): return False
-    if s.startswith("\\text{") and s.endswith("}") and s.count("\\text{") == 1: return True
     if not any(c.isdigit() for c in s) and len(words := s.split()) <= 2 and all(w.isalpha() for w in words): return True
     if _odd.search(s): return False
     rest = _group.sub(" \\\\ ", s)
@@ -75,6 +75,12 @@ _amount = re.compile(rf"^((?:[-−])?(?:{_NUMBER})(?:\\?%)?)(?:\s+[A-Za-z]|[.,;!
 
 def _tidy(s: str) -> str:
     "Strip what surrounds an answer without being part of it: currency, math delimiters, bold type, a full stop."
+    for _ in range(10):
+        if (t := _tidy_once(s)) == s: break
+        s = t
+    return s
+
+def _tidy_once(s: str) -> str:
     s = s.strip().strip("*").strip()
     if m := _math_spans.match(s):
         if not s[m.end():].strip(" .,;:*") or not _amount.match(s.lstrip("$")): s = next(g for g in m.groups() if g is not None).strip()
@@ -113,8 +119,8 @@ def _whole(text: str) -> str | None:
     "Extract the marked part of a text, or all of it, stripped."
     s = text.strip()
     for _ in range(20):
-        if (inner := _marked(s)) is None or not inner.strip() or len(inner.strip()) >= len(s): break
-        s = inner.strip()
+        if (inner := _marked(s)) is None or not (inner := _tidy(inner).strip()) or len(inner) >= len(s): break
+        s = inner
     return s or None
 
 def _numeric(text: str) -> str | None:
@@ -168,9 +174,9 @@ def _quick_math(answer: str, gold: str, context) -> Verdict | None:
     return None
 
 def _quick_same(answer: str, gold: str, context) -> Verdict:
-    "Compare ignoring case and runs of white space."
-    same = " ".join(answer.split()).casefold() == " ".join(gold.split()).casefold()
-    return Verdict(same, "same text" if same else "different text")
+    "Compare ignoring case, runs of white space and a final full stop."
+    a, g = (" ".join(s.split()).casefold().rstrip(".") for s in (answer, gold))
+    return Verdict(same := a == g, "same text" if same else "different text")
 
 # %% ../../nbs/30_verify.ipynb #64a1a31b
 def _quick_numeric(answer: str, gold: str, context) -> Verdict:
@@ -200,7 +206,7 @@ def warm_math() -> None:
 def _parsed(s: str) -> tuple:
     "Parse an answer to SymPy objects; raises what the parser raised."
     from math_verify import parse
-    found = [p for p in parse("\\boxed{" + s + "}", parsing_timeout=None) if not isinstance(p, str)]
+    found = [p for p in parse("\\boxed{" + _short_frac.sub(r"\\frac{\1}{\2}", s) + "}", parsing_timeout=0) if not isinstance(p, str)]
     if not found: _raise_parse_error(s)
     return tuple(found)
 
@@ -219,11 +225,13 @@ def _words(s: str) -> str | None:
     bare = re.sub(r"\\(?:text|mathrm|textbf|mbox|textit)\s*\{([^{}]*)\}", r"\1", s).strip().strip("().").strip()
     return " ".join(bare.casefold().split()) if re.fullmatch(r"[^\W\d_][^\W\d_]+(?:[\s'-]+[^\W\d_]+)*|[^\W\d_]", bare) else None
 
+_short_frac = re.compile(r"\\[dtc]?frac\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])")
+
 def _compact(s: str) -> str:
     "Normal form of LaTeX: spelling variants that never change the meaning are removed."
     s = re.sub(r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)(?![A-Za-z])|\\ |~", "", s)
-    s = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", s).replace("−", "-").replace("\\cdot", "*").replace("\\times", "*")
-    return re.sub(r"(?<=[^A-Za-z\s])\s+|\s+(?=[^A-Za-z\s])", "", s.strip().rstrip("."))
+    s = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", _short_frac.sub(r"\\frac{\1}{\2}", s)).replace("−", "-").replace("\\cdot", "*").replace("\\times", "*")
+    return re.sub(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])", "", s.strip().rstrip(".").replace("{,}", ","))
 
 # %% ../../nbs/30_verify.ipynb #84c10f9e
 def check_math(answer: str, gold: str, context) -> tuple[bool | None, str, str]:
@@ -242,7 +250,7 @@ def check_math(answer: str, gold: str, context) -> tuple[bool | None, str, str]:
             if words or (wg and name == "answer"): return False, "words against mathematics", ""
             return None, f"the {name} could not be parsed", str(e)[:200]
     from math_verify import verify as equivalent
-    if equivalent(list(parsed[1]), list(parsed[0]), timeout_seconds=None): return True, "math-verify", ""
+    if equivalent(list(parsed[1]), list(parsed[0]), timeout_seconds=0): return True, "math-verify", ""
     return _refuted(parsed[0][0], parsed[1][0])
 
 # %% ../../nbs/30_verify.ipynb #3e442607
@@ -279,15 +287,16 @@ def _same_json(a, g) -> bool:
 
 # %% ../../nbs/30_verify.ipynb #63e0ed32
 @lru_cache(maxsize=64)
-def _gym_scorer(name: str):
+def _gym_scorer(name: str) -> Callable[[str, dict], float]:
     import reasoning_gym
-    return reasoning_gym.get_score_answer_fn(name)
+    return reasoning_gym.get_score_answer_fn(name)  # type: ignore[return-value]
 
 def check_reasoning_gym(answer: str, gold: str, context) -> tuple[bool | None, str, str]:
     "Score with the dataset's own rule: context = {'dataset': name, 'entry': the dataset row}. Right means the full score."
     if not context: return (v := _quick_same(answer, gold, None)).value, v.cause, v.detail
     if not {"dataset", "entry"} <= set(context): return None, "context needs 'dataset' and 'entry'", ""
-    score = float(_gym_scorer(context["dataset"])(answer, context["entry"]))
+    tries = {answer, _math(answer) or answer} if _plain_number(gold) else {answer}  # "26 dollars" where the dataset knows only "26"
+    score = max(float(_gym_scorer(context["dataset"])(t, context["entry"])) for t in tries)
     return score >= 1 - 1e-9, "reasoning_gym", f"score {score:g}"
 
 # %% ../../nbs/30_verify.ipynb #ae37fa43
@@ -299,6 +308,7 @@ class Kind:
     quick: Callable[[str, str, Any], Verdict | None] | None = None  # decides at once, or None to ask the worker
     gold: Callable[[str], str | None] | None = None  # reads the gold answer; default: like an answer
     warm: str = ""  # "module:function" that loads what the check needs, before any clock runs
+    gold_in_context: bool = False  # a context can stand in for the gold answer
 
 # %% ../../nbs/30_verify.ipynb #e5c376f8
 _HERE = "synthlab.checks.verify:"
@@ -309,7 +319,7 @@ KINDS: dict[str, Kind] = {
     "choice": Kind(_choice, quick=_quick_choice),
     "regex": Kind(_whole, _HERE + "check_regex", gold=lambda s: s),
     "json": Kind(_json, _HERE + "check_json"),
-    "reasoning_gym": Kind(_whole, _HERE + "check_reasoning_gym", gold=lambda s: s),
+    "reasoning_gym": Kind(_whole, _HERE + "check_reasoning_gym", gold=lambda s: s, gold_in_context=True),
 }
 
 def _kind(name: str) -> Kind:
@@ -333,8 +343,10 @@ def serve(memory_mb: int, timeout: float) -> None:
     import resource
     requests, replies, null = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"), os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1): os.dup2(null, fd)  # a check that prints or reads cannot disturb the protocol
-    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.dont_write_bytecode = True
+    sys.addaudithook(_guard)
     logging.disable(logging.CRITICAL); warnings.simplefilter("ignore")
     def reply(*values): replies.write(json.dumps(values).encode() + b"\n"); replies.flush()
     reply("ready")
@@ -347,6 +359,16 @@ def serve(memory_mb: int, timeout: float) -> None:
                 used = resource.getrusage(resource.RUSAGE_SELF)
                 resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + timeout) + 2, resource.RLIM_INFINITY))
                 reply(*_judge(check, *pair))
+
+# %% ../../nbs/30_verify.ipynb #1edaee6d
+_FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.kill", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.chmod",
+              "os.link", "os.symlink", "subprocess.Popen", "socket.connect", "socket.bind", "shutil.rmtree", "signal.pthread_kill")
+
+def _guard(event: str, args: tuple) -> None:
+    "Audit hook of a worker: refuse to start programs, open connections and change files."
+    if event in _FORBIDDEN: raise PermissionError(f"not allowed in a checking process: {event}")
+    if event == "open" and args[0] != os.devnull and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+        raise PermissionError(f"not allowed in a checking process: writing {args[0]}")
 
 # %% ../../nbs/30_verify.ipynb #ae34d87c
 @lru_cache(maxsize=None)
@@ -370,49 +392,63 @@ def _judge(check: str, answer: str, gold: str, context) -> tuple[bool | None, st
     except BaseException as e: return None, f"the check failed: {type(e).__name__}", str(e)[:200]
 
 # %% ../../nbs/30_verify.ipynb #c7e474ca
+class _Gone(Exception):
+    "The worker has died."
+
+class _Late(Exception):
+    "The worker has not replied in time."
+
 _PASSED_ON = re.compile(r"PATH|HOME|LANG|LC_.*|TMPDIR|LD_LIBRARY_PATH|DYLD_.*|VIRTUAL_ENV|CONDA_PREFIX|PYTHONHOME")
+_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from synthlab.checks.verify import serve; serve(int(sys.argv[2]), float(sys.argv[3]))"
 
-class _Gone(Exception): "The worker has died."
-class _Late(Exception): "The worker has not replied in time."
+def _spawn(memory_mb: int, timeout: float, errors) -> subprocess.Popen:
+    "Start a worker on this interpreter's import path, in a session of its own (Ctrl-C is the parent's business) and without the parent's secrets."
+    path = [os.path.abspath(p or ".") for p in sys.path]
+    env = {k: v for k, v in os.environ.items() if _PASSED_ON.fullmatch(k)} | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-P", "-c", _CODE, json.dumps(path), str(memory_mb), str(timeout)], bufsize=0, env=env,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
 
+# %% ../../nbs/30_verify.ipynb #764c4a0d
 class _Worker:
     "One worker process, seen from the parent. Used by one thread at a time."
 
     def __init__(self, memory_mb: int, timeout: float):
-        code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from synthlab.checks.verify import serve; serve(int(sys.argv[2]), float(sys.argv[3]))"
-        path = [os.path.abspath(p or ".") for p in sys.path]
-        env = {k: v for k, v in os.environ.items() if _PASSED_ON.fullmatch(k)} | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.loaded, self.served, self.buffer, self.errors = set(), 0, b"", tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, "-P", "-c", code, json.dumps(path), str(memory_mb), str(timeout)], bufsize=0, env=env,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, start_new_session=True)
-        os.set_blocking(self.process.stdin.fileno(), False)
+        self.process = _spawn(memory_mb, timeout, self.errors)
+        assert self.process.stdin and self.process.stdout
+        self.input, self.output = self.process.stdin, self.process.stdout
+        os.set_blocking(self.input.fileno(), False)
         try: self.receive(time.monotonic() + 120)
         except (_Gone, _Late) as e: raise SynthlabError(f"a checking process could not start: {self.kill() or type(e).__name__}") from None
+        except BaseException: self.kill(); raise
 
     def load(self, names: set[str]) -> None:
         "Import checks before any clock runs. Raises `SynthlabError` when that fails."
         if names <= self.loaded: return
-        self.send({"load": sorted(names - self.loaded)}, limit := time.monotonic() + 120)
-        status, why = self.receive(limit)
-        if status != "loaded": raise SynthlabError(f"a checking process could not load {', '.join(sorted(names))}: {why}")
+        limit, wanted = time.monotonic() + 120, sorted(names - self.loaded)
+        try:
+            self.send({"load": wanted}, limit)
+            status, why = self.receive(limit)
+        except (_Gone, _Late) as e: status, why = "failed", type(e).__doc__
+        if status != "loaded": raise SynthlabError(f"a checking process could not load {', '.join(wanted)}: {why}")
         self.loaded |= names
 
-    def send(self, message, deadline: float) -> None: _write(self.process.stdin.fileno(), json.dumps(message).encode() + b"\n", deadline)
+    def send(self, message, deadline: float) -> None: _write(self.input.fileno(), json.dumps(message).encode() + b"\n", deadline)
 
     def receive(self, deadline: float) -> list:
         "Read one reply. Raises `_Late` or `_Gone`."
         while b"\n" not in self.buffer:
-            _wait(fd := self.process.stdout.fileno(), select.POLLIN, deadline)
+            _wait(fd := self.output.fileno(), select.POLLIN, deadline)
             if not (data := os.read(fd, 65536)): raise _Gone
             self.buffer += data
         line, _, self.buffer = self.buffer.partition(b"\n")
         return json.loads(line)
 
     def kill(self) -> str:
-        "End the process and return what it complained about while starting."
+        "End the process and return the last line it complained with while starting."
         self.process.kill(); self.process.wait()
-        for f in (self.process.stdin, self.process.stdout): f.close()
-        self.errors.seek(0); said = self.errors.read()[-500:].decode(errors="replace").strip()
+        for f in (self.input, self.output): f.close()
+        self.errors.seek(0); said = self.errors.read()[-2000:].decode(errors="replace").strip()
         self.errors.close()
         return said.split("\n")[-1]
 
@@ -448,7 +484,8 @@ def _prepare(row: int, pair: Sequence, kind: Kind) -> Verdict | _Job:
     answer, gold, context = (*pair, None)[:3]
     for name, text in (("answer", answer), ("gold answer", gold)):
         if text is not None and not isinstance(text, str): raise BadInput(f"pair {row}: the {name} must be text or None, got {type(text).__name__}")
-    if gold is None or not gold.strip(): return Verdict(None, "no gold answer")
+    gold = gold or ""
+    if not gold.strip() and not (context and kind.gold_in_context): return Verdict(None, "no gold answer")
     for name, text in (("answer", answer or ""), ("gold answer", gold)):
         if len(text) > MAX_CHARACTERS: return Verdict(None, "too long", f"the {name} has {len(text)} characters, the limit is {MAX_CHARACTERS}")
     found = None if answer is None else kind.extract(answer)

@@ -6,7 +6,7 @@
 __all__ = ['SCHEMES', 'Scheme', 'group_advantages', 'GroupStats', 'group_stats', 'kl', 'Vote', 'majority', 'answer_entropy',
            'pass_at_k', 'Interval', 'bootstrap_ci', 'paired_bootstrap', 'wilson', 'pass_at_k_ci']
 
-# %% ../../nbs/21_groups.ipynb #806745a6
+# %% ../../nbs/21_groups.ipynb #2f14ce73
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from ..core import BadInput
 
-# %% ../../nbs/21_groups.ipynb #0e9f1077
+# %% ../../nbs/21_groups.ipynb #9887baa0
 @dataclass(frozen=True)
 class Scheme:
     "How rewards of a group become advantages."
@@ -28,7 +28,7 @@ class Scheme:
 SCHEMES = {"grpo": Scheme(True, 1, 1e-4), "trl": Scheme(True, 1, 1e-4), "verl": Scheme(True, 1, 1e-6),
            "dr_grpo": Scheme(False), "rloo": Scheme(False, leave_one_out=True)}
 
-# %% ../../nbs/21_groups.ipynb #9f630e6a
+# %% ../../nbs/21_groups.ipynb #56a38014
 def _rewards(rewards: Any) -> np.ndarray:
     "Rewards as (n, G) float64; None becomes NaN. Raises `BadInput` for ragged, non-numeric and infinite rewards, naming the row."
     try: r = np.asarray(rewards, dtype=np.float64)
@@ -39,7 +39,7 @@ def _rewards(rewards: Any) -> np.ndarray:
         raise BadInput(f"rewards: row {bad[0][0]}, rollout {bad[0][1]} is infinite; use NaN for a reward that is not known")
     return r
 
-# %% ../../nbs/21_groups.ipynb #63ff260c
+# %% ../../nbs/21_groups.ipynb #85b1c058
 def group_advantages(
     rewards: Any,  # (n, G), or (G,) for one group; NaN or None: could not be scored
     scheme: str = "grpo",  # "grpo" (as TRL) | "trl" | "verl" | "dr_grpo" | "rloo"
@@ -68,7 +68,7 @@ def _spread(r: np.ndarray, known: np.ndarray) -> np.ndarray:
     high, low = np.where(known, r, -np.inf).max(-1, keepdims=True), np.where(known, r, np.inf).min(-1, keepdims=True)
     return np.where(known.any(-1, keepdims=True), high, 0.) - np.where(known.any(-1, keepdims=True), low, 0.)
 
-# %% ../../nbs/21_groups.ipynb #a7f9734b
+# %% ../../nbs/21_groups.ipynb #53a4c61c
 @dataclass(frozen=True)
 class GroupStats:
     "What a batch of groups offers to learn from."
@@ -91,7 +91,7 @@ def group_stats(
     mean = float(r[known].mean()) if known.any() else float("nan")
     return GroupStats(len(r), int((~known).sum()), int((~two).sum()), int((two & (_spread(r, known)[:, 0] == 0)).sum()), mean)
 
-# %% ../../nbs/21_groups.ipynb #e4da0395
+# %% ../../nbs/21_groups.ipynb #436e4315
 def kl(
     logp: Any,  # (..., T) log-probability of each sampled token under the policy that sampled it
     ref_logp: Any,  # (..., T) under the reference
@@ -106,7 +106,7 @@ def kl(
     if kind != "k3": raise BadInput(f"unknown KL estimator {kind!r}; known: k1, k2, k3")
     with np.errstate(over="ignore"): return np.expm1(d) - d
 
-# %% ../../nbs/21_groups.ipynb #d56efc56
+# %% ../../nbs/21_groups.ipynb #99263623
 @dataclass(frozen=True)
 class Vote:
     "The outcome of a majority vote. Unpacks as `answer, share = majority(...)`."
@@ -140,7 +140,7 @@ def answer_entropy(
     counts = np.array(list(Counter(a for a in answers if a is not None and a != missing).values()), dtype=float)
     return float(max(0., -(p := counts / counts.sum()) @ np.log(p))) if counts.size else float("nan")
 
-# %% ../../nbs/21_groups.ipynb #1248f812
+# %% ../../nbs/21_groups.ipynb #f1eec235
 def pass_at_k(
     n: Any,  # rollouts a task; broadcasts
     c: Any,  # of which right
@@ -160,7 +160,7 @@ def pass_at_k(
     out = np.where(a + b > nn, 1., -np.expm1(log_fail) + 0.)  # + 0.: no negative zero
     return float(out) if out.ndim == 0 else out
 
-# %% ../../nbs/21_groups.ipynb #8a6ff058
+# %% ../../nbs/21_groups.ipynb #67c6a394
 @dataclass(frozen=True)
 class Interval:
     "An estimate with its confidence interval."
@@ -173,7 +173,7 @@ class Interval:
 
     def __str__(self): return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n}{f', {self.dropped} unknown' if self.dropped else ''})"
 
-# %% ../../nbs/21_groups.ipynb #f0d37cbf
+# %% ../../nbs/21_groups.ipynb #d860ad46
 def bootstrap_ci(
     values: Any,  # (n,) one value a task; NaN or None: not known, left out and counted
     stat: Callable = np.mean,  # called as stat(x, axis=-1) on (B, n) resamples
@@ -200,7 +200,7 @@ def paired_bootstrap(
     known = ~np.isnan(x) & ~np.isnan(y)
     return _bootstrap([x[known], y[known]], lambda s, t: stat(s, axis=-1) - stat(t, axis=-1), int((~known).sum()), n_boot, seed, level)
 
-# %% ../../nbs/21_groups.ipynb #e157a77a
+# %% ../../nbs/21_groups.ipynb #8930bd61
 def _bootstrap(columns: list[np.ndarray], stat: Callable, dropped: int, n_boot: int, seed: int, level: float) -> Interval:
     "Resample the rows of `columns` together, in blocks of bounded memory."
     if not 0 < level < 1 or n_boot < 1: raise BadInput(f"level lies in (0, 1) and n_boot >= 1, got level={level}, n_boot={n_boot}")
@@ -213,7 +213,7 @@ def _bootstrap(columns: list[np.ndarray], stat: Callable, dropped: int, n_boot: 
     low, high = np.quantile(np.concatenate(draws), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(stat(*columns)), float(low), float(high), n, dropped, level)
 
-# %% ../../nbs/21_groups.ipynb #92d5d68c
+# %% ../../nbs/21_groups.ipynb #5a42ed5b
 def wilson(
     k: int,  # successes
     n: int,  # trials

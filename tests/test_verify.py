@@ -1,0 +1,261 @@
+"""The verifier where it has to work: on real rollouts, in threads, event loops, kernels and scripts, and against its parent's misfortunes."""
+import ast
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from synthlab.checks.verify import VerifierPool, extract_answer, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+SOLUTIONS, MATH = DATA / "gsm8k_solutions_dev.jsonl", DATA / "math500_dev.jsonl"
+MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"real task data is not part of the project: no {path.name} in ../shared/data")
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with VerifierPool(workers=2, timeout=10.) as p: yield p
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    "((solution, ground truth), label) of all published solutions."
+    rows = [(r, r[m] if isinstance(r[m], dict) else ast.literal_eval(r[m])) for r in read(SOLUTIONS) for m in MODELS]
+    return [((s["solution"], r["ground_truth"]), s["is_correct"]) for r, s in rows]
+
+
+def mismatches(verdicts, labelled):
+    assert len(verdicts) == len(labelled) == 1200
+    return [(pair, label, v) for v, (pair, label) in zip(verdicts, labelled) if v.value is not label]
+
+
+@needs(SOLUTIONS)
+def test_labels_from_the_main_thread(pool, labelled):
+    assert mismatches(pool.verify_many([p for p, _ in labelled]), labelled) == []
+
+
+@needs(SOLUTIONS)
+def test_labels_from_eight_threads(pool, labelled):
+    with ThreadPoolExecutor(8) as threads:
+        one_by_one = list(threads.map(lambda item: verify(*item[0]), labelled))
+        in_parts = sum(threads.map(lambda i: pool.verify_many([p for p, _ in labelled[i:i + 150]]), range(0, 1200, 150)), [])
+    assert mismatches(one_by_one, labelled) == mismatches(in_parts, labelled) == []
+
+
+@needs(SOLUTIONS)
+def test_labels_inside_a_running_event_loop(pool, labelled):
+    async def main():
+        direct = pool.verify_many([p for p, _ in labelled[:600]])
+        loop = asyncio.get_running_loop()
+        return direct + sum(await asyncio.gather(*(loop.run_in_executor(None, pool.verify_many, [p for p, _ in labelled[i:i + 100]]) for i in range(600, 1200, 100))), [])
+    assert mismatches(asyncio.run(main()), labelled) == []
+
+
+@needs(SOLUTIONS)
+def test_labels_inside_a_kernel():
+    import nbformat
+    from nbclient import NotebookClient
+    code = f"""
+        import ast, json, threading
+        from synthlab.checks.verify import verify, shared_pool
+        rows = [json.loads(l) for l in open({str(SOLUTIONS)!r}, encoding="utf-8") if l.strip()]
+        items = [(r, r[m] if isinstance(r[m], dict) else ast.literal_eval(r[m])) for r in rows for m in {MODELS!r}]
+        pairs, labels = [(s["solution"], r["ground_truth"]) for r, s in items], [s["is_correct"] for r, s in items]
+        main = [v.value for v in shared_pool().verify_many(pairs)]
+        other = []
+        t = threading.Thread(target=lambda: other.extend(verify(*p).value for p in pairs)); t.start(); t.join()
+        nasty = verify("2^{{2^{{40}}}}", "1")
+        print(len(labels), main == labels, other == labels, nasty.value, nasty.cause, verify("0.5", "\\\\frac12").value)
+    """
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(code))])
+    NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert nb.cells[0].outputs[0]["text"] == "1200 True True None timeout True\n"
+
+
+@needs(MATH)
+def test_competition_answers_equal_themselves(pool):
+    golds = [r["answer"] for r in read(MATH)]
+    forms = [lambda a: a, lambda a: f"Hence \\boxed{{{a}}}.", lambda a: f"The final answer is ${a}$.", lambda a: f"2 + 2 = 4, so\n#### {a}",
+             lambda a: f"\\[ x = 3, \\qquad \\boxed{{ {a} }} \\] as was to be shown, see 7."]
+    for form in forms:
+        assert [a for a in golds if extract_answer(form(a)) != a] == []
+        assert [(a, v) for a, v in zip(golds, pool.verify_many([(form(a), a) for a in golds])) if v.value is not True] == []
+
+
+@needs(MATH)
+def test_competition_answers_equal_a_respelling_and_differ_from_each_other(pool):
+    # a blank pair of braces changes no meaning but defeats every comparison of text, so each answer really is parsed
+    golds = list(dict.fromkeys(r["answer"] for r in read(MATH)))
+    math = [a for a in golds if "\\text" not in a]
+    assert [(a, v) for a, v in zip(math, pool.verify_many([("{}" + a, a) for a in math])) if v.value is not True] == []
+    shifted = [(a, b) for a, b in zip(golds, golds[1:])]
+    wrong = [(p, v) for p, v in zip(shifted, pool.verify_many(shifted)) if v.value is not False]
+    assert [p for p, v in wrong if v.value is True] == []
+
+
+NASTY = ["9^{9^{9^9}}", "10000000!", "\\binom{10^9}{5*10^8}", "\\sum_{k=1}^{10^9} k^k", "2^{2^{40}}", "\\prod_{k=1}^{10^8} k", "10^{10^{10}}", "7" * 1_000_000, "x" * 1_000_000]
+
+
+def test_nasty_answers_are_unknown_in_bounded_time_and_the_pool_recovers():
+    with VerifierPool(workers=2, timeout=1.5) as pool:
+        for s in NASTY:
+            start = time.monotonic()
+            for pair in ((f"The answer is \\boxed{{{s}}}", "1"), ("1/3", s)):
+                v, = pool.verify_many([pair])
+                assert v.value is None and v.cause in ("timeout", "too long", "out of memory", "crash"), (s[:30], v)
+            assert time.monotonic() - start < 30
+        assert [v.value for v in pool.verify_many([("0.5", "1/2"), ("x+1", "1+x"), ("2/3", "1/3")])] == [True, True, False]
+
+
+def check_by_word(answer, gold, context):
+    "A check with every bad habit; workers import it from this file."
+    if answer == "allocate": bytearray(3 << 30)
+    if answer == "hoard": HOARD.append(bytearray(200 << 20))
+    if answer == "die": os._exit(3)
+    if answer == "segfault": os.abort()
+    if answer == "print": print("noise" * 10_000); sys.stderr.write("noise"); os.write(1, b"noise\n")
+    if answer == "read": sys.stdin.read()
+    if answer == "raise": raise LookupError("nothing here")
+    if answer == "exit": sys.exit(1)
+    if answer == "system": os.system("true")
+    if answer == "write": open("/tmp/no_such_file_of_synthlab", "w")
+    if answer == "pid": return True, "", str(os.getpid())
+    if answer == "env": return True, "", " ".join(os.environ)
+    if answer == "sleep": time.sleep(60)
+    return answer == gold, "compared", ""
+
+
+HOARD: list = []
+
+
+@pytest.fixture
+def by_word(monkeypatch):
+    from synthlab.checks.verify import KINDS, Kind
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setitem(KINDS, "by_word", Kind(str.strip, "test_verify:check_by_word"))
+    return "by_word"
+
+
+def test_a_check_with_bad_habits_harms_only_its_own_verdict(by_word):
+    want = {"ok": True, "allocate": "out of memory", "die": "crash", "segfault": "crash", "print": False, "read": False, "raise": "the check failed: LookupError",
+            "exit": "the check failed: SystemExit", "system": "the check failed: PermissionError", "write": "the check failed: PermissionError", "sleep": "timeout"}
+    words = [w for bad in want for w in (bad, "ok")]
+    with VerifierPool(workers=2, timeout=1.5, memory_mb=1024) as pool:
+        out = pool.verify_many([(w, "ok") for w in words], by_word)
+    for w, v in zip(words, out): assert (v.cause if v.value is None else v.value) == want[w], (w, v)
+    assert not os.path.exists("/tmp/no_such_file_of_synthlab")
+
+
+def test_memory_used_up_by_earlier_pairs_is_not_held_against_a_later_one(by_word):
+    with VerifierPool(workers=1, memory_mb=1024) as pool:
+        out = pool.verify_many([("hoard", "hoard")] * 12, by_word)
+    assert [v.value for v in out] == [True] * 12
+
+
+def test_workers_are_reused_and_see_no_secrets(by_word, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with VerifierPool(workers=1) as pool:
+        assert len({pool.verify_many([("pid", "")], by_word)[0].detail for _ in range(5)}) == 1
+        assert "OPENAI_API_KEY" not in pool.verify_many([("env", "")], by_word)[0].detail
+
+
+def test_a_check_that_cannot_be_loaded_is_an_error_not_a_verdict(monkeypatch):
+    from synthlab.checks.verify import KINDS, Kind
+    from synthlab.core import SynthlabError
+    monkeypatch.setitem(KINDS, "absent", Kind(str.strip, "no_such_module:check"))
+    with VerifierPool(workers=1) as pool:
+        with pytest.raises(SynthlabError, match="no_such_module"): pool.verify_many([("a", "b")], "absent")
+        assert pool.verify_many([("0.5", "1/2")])[0].value is True
+
+
+def alive(pid):
+    try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError: return False
+
+
+def gone(pids, seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(map(alive, pids)): time.sleep(.05)
+    return not any(map(alive, pids))
+
+
+def test_closing_ends_the_workers(by_word):
+    with VerifierPool(workers=2) as pool:
+        pids = [int(pool.verify_many([("pid", "")], by_word)[0].detail)]
+        assert alive(pids[0])
+    assert gone(pids, 5)
+
+
+def script(tmp_path, body, **kw):
+    path = tmp_path / "run.py"
+    path.write_text(textwrap.dedent(body))
+    return subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, **kw)
+
+
+def test_a_script_without_a_main_guard(tmp_path):
+    p = script(tmp_path, """
+        from synthlab.checks.verify import VerifierPool, verify
+        print("started")
+        print(verify("0.5", "\\\\frac12").value, VerifierPool(timeout=1).verify_many([("2^{2^{40}}", "1")])[0].cause)
+    """)
+    assert p.communicate(timeout=60) == ("started\nTrue timeout\n", "")
+
+
+LONG = """
+    import sys
+    from synthlab.checks.verify import VerifierPool
+    pool = VerifierPool(workers=1, timeout={timeout})
+    pool.verify_many([("x+1", "1+x")])
+    print([w.process.pid for w in pool._live][0], flush=True)
+    try: pool.verify_many([("10^{{10^{{10}}}}", "1")])
+    except KeyboardInterrupt: print("interrupted", pool.verify_many([("x+1", "1+x")])[0].value)
+"""
+
+
+def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_computation(tmp_path):
+    p = script(tmp_path, LONG.format(timeout=2))
+    worker = int(p.stdout.readline())
+    time.sleep(.3)
+    p.kill(); p.wait()
+    assert gone([worker], 30)
+
+
+def test_ctrl_c_interrupts_at_once_and_prints_no_traceback(tmp_path):
+    p = script(tmp_path, LONG.format(timeout=60), start_new_session=True)
+    worker = int(p.stdout.readline())
+    time.sleep(.5)
+    os.killpg(p.pid, signal.SIGINT)
+    assert p.communicate(timeout=30) == ("interrupted True\n", "") and gone([worker], 5)
+
+
+def test_a_forked_child_uses_workers_of_its_own(by_word, tmp_path):
+    p = script(tmp_path, """
+        import os
+        from synthlab.checks.verify import verify, shared_pool
+        assert verify("x+1", "1+x").value
+        mine = {w.process.pid for w in shared_pool()._live}
+        if (child := os.fork()) == 0:
+            ok = verify("x+2", "2+x").value and not mine & {w.process.pid for w in shared_pool()._live}
+            os._exit(0 if ok else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), verify("x+3", "3+x").value, mine == {w.process.pid for w in shared_pool()._live})
+    """)
+    assert p.communicate(timeout=60) == ("0 True True\n", "")
+
+
+def test_importing_the_checks_is_light():
+    code = "import sys, synthlab.checks.verify; print([m for m in ('sympy', 'math_verify', 'numpy', 'torch', 'reasoning_gym') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout == "[]\n"
