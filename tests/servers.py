@@ -137,7 +137,7 @@ def process(args, url, seconds, log):
 _LLAMA = """
 import sys, time, xllamacpp as x
 p = x.CommonParams(); p.model.path = sys.argv[1]; p.hostnames = ["127.0.0.1"]; p.port = int(sys.argv[2])
-p.n_ctx = 8192; p.n_parallel = int(sys.argv[3]); p.cpuparams.n_threads = 2; p.warmup = False
+p.n_ctx = 8192; p.n_parallel = int(sys.argv[3]); p.cpuparams.n_threads = 1; p.cpuparams.poll = 0; p.warmup = False
 p.model_alias = {"smol"} if isinstance(getattr(p, "model_alias", None), set) else "smol"
 server = x.Server(p)
 while True: time.sleep(60)

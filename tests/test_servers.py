@@ -192,7 +192,7 @@ def test_a_refused_value_is_not_a_refused_parameter():
 
 
 def test_required_logprobs_that_are_refused_end_the_run():
-    with faulty(reasoning_model) as s, pytest.raises(LMError, match="log-probabilities are required"): one(s, logprobs="require")
+    with faulty(reasoning_model) as s, pytest.raises(LMError, match="are required but .*not allowed to request logprobs"): one(s, logprobs="require")
 
 
 # -- n -----------------------------------------------------------------------------------------------------------------------------------
@@ -309,6 +309,14 @@ def test_no_requests_is_no_call_and_no_thread():
     with faulty(lambda h, i, b: (200, chat())) as s: assert ask(open_lm(s), 0) == [] and not s.bodies
 
 
+def test_a_server_whose_calls_disturb_each_other_is_asked_one_at_a_time():
+    with faulty(lambda h, i, b: (time.sleep(.02), (200, chat()))[1]) as s:
+        lm = open_lm(s)
+        lm.capabilities["seed_at_once"] = "ignored"
+        ask(lm, 6)
+        assert s.peak == 1 and lm.served == {"m": 6}
+
+
 # -- opening, identity, secrets ------------------------------------------------------------------------------------------------------------
 
 def test_specs_are_parsed_and_bad_ones_explained(monkeypatch):
@@ -316,7 +324,7 @@ def test_specs_are_parsed_and_bad_ones_explained(monkeypatch):
     assert (lm.name, lm.base_url) == ("a/b@main", "http://localhost:8000/v1") and isinstance(lm, LM)
     assert openai_lm("gpt-5").base_url == "https://api.openai.com/v1" and openai_lm("a@main").name == "a@main"
     assert anthropic_lm("claude-x").base_url == "https://api.anthropic.com" and isinstance(anthropic_lm("claude-x"), LM)
-    for bad in ("m@localhost:8000/v1", "m@ftp://host/v1", "m@http://", "m@http://host:port/v1", "m@https://me:pw@host/v1", "m@https://host/v1?key=1", "@http://localhost/v1", ""):
+    for bad in ("m@localhost:8000/v1", "m@ftp://host/v1", "m@http://", "m@http://host:port/v1", "m@https://me:pw@host/v1", "m@n@https://me:pw@host/v1", "m@https://host/v1?key=1", "@http://localhost/v1", ""):
         with pytest.raises(BadInput): openai_lm(bad)
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(BadInput, match="set the environment variable OPENAI_API_KEY"): openai_lm("gpt-5")
@@ -352,7 +360,7 @@ def test_anthropic_speaks_its_own_protocol():
     with faulty(lambda h, i, b: (200, message())) as s:
         lm = claude(s)
         [(_, c)] = lm.complete([req])
-        assert (c.text, c.finish_reason, c.logprobs, c.usage) == ("Paris", "stop", None, Usage(9, 3, 1)) and s.keys == [KEY] and s.paths == ["/v1/messages"]
+        assert (c.text, c.finish_reason, c.logprobs, c.usage) == ("Paris", "stop", None, Usage(9, 3, 1)) and s.keys[0].endswith(KEY) and s.paths == ["/v1/messages"]
         assert s.bodies[0] == {"model": "claude", "max_tokens": 7, "temperature": .5, "top_k": 3, "stop_sequences": ["\n"], "system": "Be brief.",
                                "messages": [{"role": "user", "content": "Capital of France?"}]}
         assert lm.capabilities["seed"] == lm.capabilities["logprobs"] == "absent"
@@ -377,7 +385,8 @@ def test_anthropic_retries_adapts_and_gives_up_like_the_others():
             with pytest.raises(LMError, match="What to do"): ask(claude(s), 9, concurrency=1)
             assert len(s.bodies) == 1
     with faulty(lambda h, i, b: (400, error("`temperature` is deprecated for this model")) if "temperature" in b else (200, message())) as s:
-        with pytest.warns(UserWarning, match="refuses 'temperature'"): assert ask(claude(s))[0].text == "Paris"
+        with pytest.warns(UserWarning, match="refuses 'temperature'"):
+            assert [c.text for _, c in claude(s).complete([Request("q", Sampling(temperature=.5))])] == ["Paris"]
 
 
 # -- llama.cpp -----------------------------------------------------------------------------------------------------------------------------
@@ -420,10 +429,21 @@ def test_llama_logprobs_are_at_temperature_one(llama):
 
 
 @needs_llama
+def test_llama_samples_from_the_whole_vocabulary_only_when_told_to(llama):
+    reqs = [replace(STORY, seed=k, sampling=Sampling(temperature=1.8, max_tokens=12)) for k in range(4)]
+    rarest = {}
+    for name, extra in (("default", {}), ("whole", {"top_k": 0, "min_p": 0})):
+        rarest[name] = min(min(c.logprobs) for _, c in OpenAIChat("smol", llama, extra_body=extra).complete(reqs, concurrency=1))
+    print("least likely token drawn:", rarest)
+    assert rarest["whole"] < rarest["default"] - 1
+
+
+@needs_llama
 def test_llama_makes_several_choices_in_one_call(llama):
     lm = OpenAIChat("smol", llama, n_per_call=4)
     got = [c for _, c in sorted(lm.complete([replace(STORY, seed=k) for k in range(4)]))]
     assert len({c.text for c in got}) == 4 and lm.capabilities["n"] == "honoured" and sum(c.usage.calls for c in got) == 1
+    assert [c.usage.completion_tokens for c in got if c.finish_reason == "length"] == [12] * sum(c.finish_reason == "length" for c in got)
 
 
 # -- transformers serve ----------------------------------------------------------------------------------------------------------------------
@@ -463,4 +483,4 @@ def test_transformers_serve_follows_seeds_only_one_call_at_a_time(hf):
     assert table["seed"] == "honoured" and table["temperature"] == "honoured" and table["max_tokens"] == "honoured"
     assert (table["n"], table["logprobs"], table["json_schema"]) == ("ignored", "absent", "ignored")
     assert table["stop"] in ("left in", "ignored")  # it stops, but leaves the stop text in
-    print("seed with 4 calls at once:", table["seed, 4 calls at once"])
+    print("seeds of 4 calls at once:", table["seed_at_once"], "; stop:", table["stop"])

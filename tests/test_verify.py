@@ -97,14 +97,13 @@ def test_competition_answers_equal_themselves(pool):
 
 
 @needs(MATH)
-def test_competition_answers_equal_a_respelling_and_differ_from_each_other(pool):
-    # a blank pair of braces changes no meaning but defeats every comparison of text, so each answer really is parsed
+def test_competition_answers_can_be_parsed_and_differ_from_each_other(pool):
+    from math_verify import verify as equivalent
+    from synthlab.checks.verify import _parsed
     golds = list(dict.fromkeys(r["answer"] for r in read(MATH)))
-    math = [a for a in golds if "\\text" not in a]
-    assert [(a, v) for a, v in zip(math, pool.verify_many([("{}" + a, a) for a in math])) if v.value is not True] == []
-    shifted = [(a, b) for a, b in zip(golds, golds[1:])]
-    wrong = [(p, v) for p, v in zip(shifted, pool.verify_many(shifted)) if v.value is not False]
-    assert [p for p, v in wrong if v.value is True] == []
+    assert [a for a in golds if not equivalent(list(_parsed(a)), list(_parsed(a)), timeout_seconds=0)] == []  # not by equal text
+    neighbours = list(zip(golds, golds[1:]))
+    assert [(p, v) for p, v in zip(neighbours, pool.verify_many(neighbours)) if v.value is not False] == []
 
 
 NASTY = ["9^{9^{9^9}}", "10000000!", "\\binom{10^9}{5*10^8}", "\\sum_{k=1}^{10^9} k^k", "2^{2^{40}}", "\\prod_{k=1}^{10^8} k", "10^{10^{10}}", "7" * 1_000_000, "x" * 1_000_000]
@@ -112,12 +111,11 @@ NASTY = ["9^{9^{9^9}}", "10000000!", "\\binom{10^9}{5*10^8}", "\\sum_{k=1}^{10^9
 
 def test_nasty_answers_are_unknown_in_bounded_time_and_the_pool_recovers():
     with VerifierPool(workers=2, timeout=1.5) as pool:
-        for s in NASTY:
-            start = time.monotonic()
-            for pair in ((f"The answer is \\boxed{{{s}}}", "1"), ("1/3", s)):
-                v, = pool.verify_many([pair])
-                assert v.value is None and v.cause in ("timeout", "too long", "out of memory", "crash"), (s[:30], v)
-            assert time.monotonic() - start < 30
+        start = time.monotonic()
+        pairs = [(f"The answer is \\boxed{{{s}}}", "1") for s in NASTY] + [("1/3", NASTY[0]), ("1/3", NASTY[-1])]
+        for (answer, _), v in zip(pairs, pool.verify_many(pairs)):
+            assert v.value is None and v.cause in ("timeout", "too long", "out of memory", "crash"), (answer[:50], v)
+        assert time.monotonic() - start < 90
         assert [v.value for v in pool.verify_many([("0.5", "1/2"), ("x+1", "1+x"), ("2/3", "1/3")])] == [True, True, False]
 
 
@@ -162,15 +160,17 @@ def test_a_check_with_bad_habits_harms_only_its_own_verdict(by_word):
 
 def test_memory_used_up_by_earlier_pairs_is_not_held_against_a_later_one(by_word):
     with VerifierPool(workers=1, memory_mb=1024) as pool:
-        out = pool.verify_many([("hoard", "hoard")] * 12, by_word)
-    assert [v.value for v in out] == [True] * 12
+        out = pool.verify_many([("hoard", "hoard")] * 8, by_word)
+    assert [v.value for v in out] == [True] * 8
 
 
 def test_workers_are_reused_and_see_no_secrets(by_word, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with VerifierPool(workers=1) as pool:
-        assert len({pool.verify_many([("pid", "")], by_word)[0].detail for _ in range(5)}) == 1
-        assert "OPENAI_API_KEY" not in pool.verify_many([("env", "")], by_word)[0].detail
+        pids = {pool.verify_many([("pid", "?")], by_word)[0].detail for _ in range(5)}
+        assert len(pids) == 1 and int(pids.pop()) != os.getpid()
+        names = pool.verify_many([("env", "?")], by_word)[0].detail.split()
+        assert "PATH" in names and "OPENAI_API_KEY" not in names
 
 
 def test_a_check_that_cannot_be_loaded_is_an_error_not_a_verdict(monkeypatch):
@@ -195,7 +195,7 @@ def gone(pids, seconds):
 
 def test_closing_ends_the_workers(by_word):
     with VerifierPool(workers=2) as pool:
-        pids = [int(pool.verify_many([("pid", "")], by_word)[0].detail)]
+        pids = [int(pool.verify_many([("pid", "?")], by_word)[0].detail)]
         assert alive(pids[0])
     assert gone(pids, 5)
 

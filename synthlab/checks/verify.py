@@ -36,6 +36,7 @@ def _is_answer(s: str) -> bool:
     prose = [w for w in _word.finditer(rest) if w[0].lower() not in _NAMES and (len(w[0]) > 3 or _touches_text(rest, w))]
     return not prose and any(c.isalnum() or c in "∞∅\\" for c in s)
 
+# %% ../../nbs/30_verify.ipynb #f14babda
 def _touches_text(s, w) -> bool:
     "A short word is prose when only blanks part it from a letter or digit; `ab` in `2ab + 1` is a product of variables."
     before, after = s[:w.start()], s[w.end():]
@@ -51,6 +52,7 @@ def _braced(text: str, start: int) -> str | None:
         if depth == 0 and m[0] == "}": return text[start + 1:m.start()]
     return None
 
+# %% ../../nbs/30_verify.ipynb #9872dc88
 def _boxed(text: str) -> str | None:
     "Content of the last balanced box. Looks at the last 20 boxes, so that a text of nothing but open boxes costs no quadratic time."
     for m in deque(re.finditer(r"\\(?:boxed|fbox)\s*(\{)", text), maxlen=20).__reversed__():
@@ -71,8 +73,9 @@ def _marked(text: str) -> str | None:
 
 # %% ../../nbs/30_verify.ipynb #c2dd224e
 _math_spans = re.compile(r"^\s*(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])")
-_amount = re.compile(rf"^((?:[-−])?(?:{_NUMBER})(?:\\?%)?)(?:\s+[A-Za-z]|[.,;!?]?\s*$|[.;,]\s)")
+_amount = re.compile(rf"^((?:[-−])?(?:{_NUMBER})(?:\\?%)?)(?:\s+(?!and\b|or\b)[A-Za-z]{{2,}}|[.,;!?]?\s*$|[.;,]\s)")
 
+# %% ../../nbs/30_verify.ipynb #57816fd5
 def _tidy(s: str) -> str:
     "Strip what surrounds an answer without being part of it: currency, math delimiters, bold type, a full stop."
     for _ in range(10):
@@ -80,6 +83,7 @@ def _tidy(s: str) -> str:
         s = t
     return s
 
+# %% ../../nbs/30_verify.ipynb #f39af81c
 def _tidy_once(s: str) -> str:
     s = s.strip().strip("*").strip()
     if m := _math_spans.match(s):
@@ -123,6 +127,7 @@ def _whole(text: str) -> str | None:
         s = inner
     return s or None
 
+# %% ../../nbs/30_verify.ipynb #30493d1f
 def _numeric(text: str) -> str | None:
     "Extract a number, in floating-point notation too."
     s = _tidy(text)
@@ -130,11 +135,12 @@ def _numeric(text: str) -> str | None:
     found = _math(text)
     return found if found is not None and _float(found) is not None else None
 
+# %% ../../nbs/30_verify.ipynb #2837d044
 def _float(s: str) -> float | None:
     try: return float(s.replace(",", "").replace("−", "-").replace("\\", "").rstrip("%"))
     except ValueError: return None
 
-# %% ../../nbs/30_verify.ipynb #30493d1f
+# %% ../../nbs/30_verify.ipynb #2cd9b347
 def _json(text: str) -> str | None:
     "Extract the last JSON value: the whole text, a fenced block, or the longest object or list at the end that parses."
     blocks = re.findall(r"```(?:json)?\s*\n(.*?)```", text, re.S)
@@ -148,6 +154,7 @@ def _json(text: str) -> str | None:
         except (ValueError, RecursionError): continue
     return last
 
+# %% ../../nbs/30_verify.ipynb #44ad0469
 def _loads(s: str):
     "A one-element tuple with the JSON value of `s`, or None. Numbers stay exact; NaN and infinity are not JSON."
     from decimal import Decimal
@@ -173,6 +180,7 @@ def _quick_math(answer: str, gold: str, context) -> Verdict | None:
     if a[1] == g[1] and a[0].denominator == g[0].denominator == 1: return Verdict(False, "different integers")
     return None
 
+# %% ../../nbs/30_verify.ipynb #13c9a98a
 def _quick_same(answer: str, gold: str, context) -> Verdict:
     "Compare ignoring case, runs of white space and a final full stop."
     a, g = (" ".join(s.split()).casefold().rstrip(".") for s in (answer, gold))
@@ -194,6 +202,7 @@ def _antlr_problem(version: str) -> str:
     if version == "4.9.3" or version.startswith("4.11") or version == "4.13.2": return ""
     return f"antlr4-python3-runtime {version or 'is missing'}: math answers need 4.13.2, 4.11 or 4.9.3; run: pip install 'math-verify[antlr4_13_2]'"
 
+# %% ../../nbs/30_verify.ipynb #55a83ffa
 def warm_math() -> None:
     "Load math-verify in a worker. Raises `SynthlabError` when the ANTLR runtime does not fit."
     try: version = importlib.metadata.version("antlr4-python3-runtime")
@@ -201,7 +210,7 @@ def warm_math() -> None:
     if problem := _antlr_problem(version): raise SynthlabError(problem)
     for s in ("\\frac{1}{2}", "x+1"): check_math(s, "0.5", None)
 
-# %% ../../nbs/30_verify.ipynb #55a83ffa
+# %% ../../nbs/30_verify.ipynb #5048b359
 @lru_cache(maxsize=2048)
 def _parsed(s: str) -> tuple:
     "Parse an answer to SymPy objects; raises what the parser raised."
@@ -210,6 +219,7 @@ def _parsed(s: str) -> tuple:
     if not found: _raise_parse_error(s)
     return tuple(found)
 
+# %% ../../nbs/30_verify.ipynb #428bcbf0
 def _raise_parse_error(s: str):
     "Parse once more with the exceptions visible: running out of memory is not a syntax error."
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
@@ -219,14 +229,16 @@ def _raise_parse_error(s: str):
     except Exception as e: raise ValueError(f"{type(e).__name__}: {e}".split("\n")[0][:200]) from None
     raise ValueError("not a mathematical expression")
 
-# %% ../../nbs/30_verify.ipynb #5048b359
+# %% ../../nbs/30_verify.ipynb #d719324c
 def _words(s: str) -> str | None:
     "The words of an answer that is words only, such as \\text{even}, (E) or `no solution`; None for mathematics."
     bare = re.sub(r"\\(?:text|mathrm|textbf|mbox|textit)\s*\{([^{}]*)\}", r"\1", s).strip().strip("().").strip()
     return " ".join(bare.casefold().split()) if re.fullmatch(r"[^\W\d_][^\W\d_]+(?:[\s'-]+[^\W\d_]+)*|[^\W\d_]", bare) else None
 
+# %% ../../nbs/30_verify.ipynb #7365363e
 _short_frac = re.compile(r"\\[dtc]?frac\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])")
 
+# %% ../../nbs/30_verify.ipynb #bd8fb538
 def _compact(s: str) -> str:
     "Normal form of LaTeX: spelling variants that never change the meaning are removed."
     s = re.sub(r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)(?![A-Za-z])|\\ |~", "", s)
@@ -262,6 +274,7 @@ def _refuted(a, g) -> tuple[bool | None, str, str]:
         if value.has(*_limits()) and not x.has(*_limits()): return None, f"the {name} could not be evaluated", str(value)[:200]
     return False, "math-verify", ""
 
+# %% ../../nbs/30_verify.ipynb #57e81ecd
 def _limits():
     from sympy import nan, oo, zoo
     return nan, oo, -oo, zoo
@@ -273,24 +286,27 @@ def check_regex(answer: str, gold: str, context) -> tuple[bool | None, str, str]
     except re.error as e: return None, "the pattern is invalid", str(e)
     return bool(pattern.search(answer)), "regex", ""
 
+# %% ../../nbs/30_verify.ipynb #63e0ed32
 def check_json(answer: str, gold: str, context) -> tuple[bool | None, str, str]:
     "Compare JSON values: order of keys is free, numbers are equal by value, true is not 1."
     a, g = _loads(answer), _loads(gold)
     if g is None: return None, "the gold answer is not JSON", ""
     return (False, "not JSON", "") if a is None else (_same_json(a[0], g[0]), "json", "")
 
+# %% ../../nbs/30_verify.ipynb #c3423459
 def _same_json(a, g) -> bool:
     if isinstance(a, bool) or isinstance(g, bool): return a is g
     if isinstance(a, dict) and isinstance(g, dict): return a.keys() == g.keys() and all(_same_json(a[k], g[k]) for k in g)
     if isinstance(a, list) and isinstance(g, list): return len(a) == len(g) and all(map(_same_json, a, g))
     return not isinstance(a, (dict, list)) and not isinstance(g, (dict, list)) and a == g
 
-# %% ../../nbs/30_verify.ipynb #63e0ed32
+# %% ../../nbs/30_verify.ipynb #f74361d8
 @lru_cache(maxsize=64)
 def _gym_scorer(name: str) -> Callable[[str, dict], float]:
     import reasoning_gym
     return reasoning_gym.get_score_answer_fn(name)  # type: ignore[return-value]
 
+# %% ../../nbs/30_verify.ipynb #b06e48c4
 def check_reasoning_gym(answer: str, gold: str, context) -> tuple[bool | None, str, str]:
     "Score with the dataset's own rule: context = {'dataset': name, 'entry': the dataset row}. Right means the full score."
     if not context: return (v := _quick_same(answer, gold, None)).value, v.cause, v.detail
@@ -322,6 +338,7 @@ KINDS: dict[str, Kind] = {
     "reasoning_gym": Kind(_whole, _HERE + "check_reasoning_gym", gold=lambda s: s, gold_in_context=True),
 }
 
+# %% ../../nbs/30_verify.ipynb #47785214
 def _kind(name: str) -> Kind:
     if name not in KINDS: raise BadInput(f"unknown kind of answer {name!r}; known: {', '.join(sorted(KINDS))}")
     return KINDS[name]
@@ -376,6 +393,7 @@ def _resolve(name: str) -> Callable:
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
+# %% ../../nbs/30_verify.ipynb #c7e474ca
 def _load(names: list[str]) -> tuple[str, str]:
     try:
         for name in names:
@@ -384,6 +402,7 @@ def _load(names: list[str]) -> tuple[str, str]:
         return "loaded", ""
     except Exception as e: return "failed", str(e) if isinstance(e, SynthlabError) else f"{type(e).__name__}: {e}"
 
+# %% ../../nbs/30_verify.ipynb #764c4a0d
 def _judge(check: str, answer: str, gold: str, context) -> tuple[bool | None, str, str]:
     "Run one check; whatever it raises makes the answer unknown, with the cause."
     try: return _resolve(check)(answer, gold, context)
@@ -391,16 +410,19 @@ def _judge(check: str, answer: str, gold: str, context) -> tuple[bool | None, st
     except RecursionError: return None, "too deeply nested", ""
     except BaseException as e: return None, f"the check failed: {type(e).__name__}", str(e)[:200]
 
-# %% ../../nbs/30_verify.ipynb #c7e474ca
+# %% ../../nbs/30_verify.ipynb #58d1320b
 class _Gone(Exception):
     "The worker has died."
 
+# %% ../../nbs/30_verify.ipynb #bb083715
 class _Late(Exception):
     "The worker has not replied in time."
 
+# %% ../../nbs/30_verify.ipynb #9fc5c89e
 _PASSED_ON = re.compile(r"PATH|HOME|LANG|LC_.*|TMPDIR|LD_LIBRARY_PATH|DYLD_.*|VIRTUAL_ENV|CONDA_PREFIX|PYTHONHOME")
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from synthlab.checks.verify import serve; serve(int(sys.argv[2]), float(sys.argv[3]))"
 
+# %% ../../nbs/30_verify.ipynb #eb61d230
 def _spawn(memory_mb: int, timeout: float, errors) -> subprocess.Popen:
     "Start a worker on this interpreter's import path, in a session of its own (Ctrl-C is the parent's business) and without the parent's secrets."
     path = [os.path.abspath(p or ".") for p in sys.path]
@@ -408,7 +430,7 @@ def _spawn(memory_mb: int, timeout: float, errors) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-P", "-c", _CODE, json.dumps(path), str(memory_mb), str(timeout)], bufsize=0, env=env,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
 
-# %% ../../nbs/30_verify.ipynb #764c4a0d
+# %% ../../nbs/30_verify.ipynb #934e8d71
 class _Worker:
     "One worker process, seen from the parent. Used by one thread at a time."
 
@@ -424,8 +446,8 @@ class _Worker:
 
     def load(self, names: set[str]) -> None:
         "Import checks before any clock runs. Raises `SynthlabError` when that fails."
-        if names <= self.loaded: return
         limit, wanted = time.monotonic() + 120, sorted(names - self.loaded)
+        if not wanted: return
         try:
             self.send({"load": wanted}, limit)
             status, why = self.receive(limit)
@@ -448,16 +470,15 @@ class _Worker:
         "End the process and return the last line it complained with while starting."
         self.process.kill(); self.process.wait()
         for f in (self.input, self.output): f.close()
-        self.errors.seek(0); said = self.errors.read()[-2000:].decode(errors="replace").strip()
-        self.errors.close()
-        return said.split("\n")[-1]
+        with self.errors as f: f.seek(0); return f.read()[-2000:].decode(errors="replace").strip().split("\n")[-1]
 
-# %% ../../nbs/30_verify.ipynb #58d1320b
+# %% ../../nbs/30_verify.ipynb #a35c8a23
 def _wait(fd: int, event: int, deadline: float) -> None:
     "Wait until `fd` is ready. What has already arrived counts, however late the parent looks."
     poll = select.poll(); poll.register(fd, event)
     if not poll.poll(max(0., deadline - time.monotonic()) * 1000): raise _Late
 
+# %% ../../nbs/30_verify.ipynb #89570f42
 def _write(fd: int, data: bytes, deadline: float) -> None:
     while data:
         _wait(fd, select.POLLOUT, deadline)
@@ -468,6 +489,7 @@ def _write(fd: int, data: bytes, deadline: float) -> None:
 # %% ../../nbs/30_verify.ipynb #97bc63ba
 MAX_CHARACTERS = 100_000  # longer texts are not searched: their verdict is unknown
 
+# %% ../../nbs/30_verify.ipynb #d8e231a5
 @dataclass
 class _Job:
     row: int
@@ -478,6 +500,7 @@ class _Job:
     spent: float = 0.  # seconds used so far
     retried: bool = False
 
+# %% ../../nbs/30_verify.ipynb #da1c4adc
 def _prepare(row: int, pair: Sequence, kind: Kind) -> Verdict | _Job:
     "Extract both answers and decide what can be decided without a worker."
     if isinstance(pair, str) or len(pair) not in (2, 3): raise BadInput(f"pair {row}: expected (answer, gold) or (answer, gold, context)")
@@ -543,6 +566,7 @@ def _end_all(live: set, pid: int) -> None:
         worker.process.kill()
         worker.process.wait()
 
+# %% ../../nbs/30_verify.ipynb #5335676a
 def _spread(pool: VerifierPool, jobs: list[_Job], results: list) -> None:
     "Cut jobs into batches and work on them with as many threads as there are workers; the caller's own thread is enough for one batch."
     for j in jobs: _must_be_json(j)
@@ -556,15 +580,18 @@ def _spread(pool: VerifierPool, jobs: list[_Job], results: list) -> None:
     if len(jobs) <= 8: batches = deque([jobs])
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(pool.workers, len(batches)) - 1)]
     for t in threads: t.start()
-    work()
-    for t in threads: t.join()
+    try:
+        work()
+        for t in threads: t.join()
+    except BaseException as e: errors.append(e); raise  # Ctrl-C: the other threads stop after their batch
     if errors: raise errors[0]
 
+# %% ../../nbs/30_verify.ipynb #ce14f07b
 def _must_be_json(job: _Job) -> None:
     try: json.dumps(job.context, allow_nan=False)
     except (TypeError, ValueError) as e: raise BadInput(f"pair {job.row}: the context is not representable as JSON: {e}") from None
 
-# %% ../../nbs/30_verify.ipynb #5335676a
+# %% ../../nbs/30_verify.ipynb #4a94f429
 def _run_batch(pool: VerifierPool, batch: list[_Job], results: list) -> None:
     "Judge one batch on one worker, replacing the worker as often as it has to be killed."
     pending, worker = deque(batch), pool._slots.get()
@@ -585,11 +612,13 @@ def _run_batch(pool: VerifierPool, batch: list[_Job], results: list) -> None:
         raise
     finally: pool._slots.put(worker)
 
+# %% ../../nbs/30_verify.ipynb #88ebe266
 def _start(pool: VerifierPool) -> _Worker:
     if pool.closed: raise SynthlabError("the pool was closed while it was judging")
     pool._live.add(worker := _Worker(pool.memory_mb, pool.timeout))
     return worker
 
+# %% ../../nbs/30_verify.ipynb #b0300212
 def _end(pool: VerifierPool, worker: _Worker) -> None:
     pool._live.discard(worker)
     worker.kill()
@@ -612,12 +641,14 @@ def _round(pool: VerifierPool, worker: _Worker, pending: deque, results: list) -
 _shared: list[VerifierPool] = []
 _shared_lock = threading.Lock()
 
+# %% ../../nbs/30_verify.ipynb #f40ab044
 def shared_pool() -> VerifierPool:
     "The pool that `verify` uses; made on first use."
     with _shared_lock:
         if not _shared or _shared[0].closed: _shared[:] = [VerifierPool()]
         return _shared[0]
 
+# %% ../../nbs/30_verify.ipynb #f59c6b77
 def verify(
     answer: str | None,  # a model's whole text, or an answer
     gold: str | None,
@@ -635,6 +666,7 @@ def _normal_form(answer: str, kind: str) -> str:
         return str(number[0]) if number and not number[1] else _compact(answer)
     return " ".join(answer.split()).casefold() if kind in ("exact", "reasoning_gym") else answer
 
+# %% ../../nbs/30_verify.ipynb #0d6840f2
 def cluster(
     answers: Sequence[str | None],  # whole texts or answers
     kind: str = "math",

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from ..core import BadInput, MissingExtra, SynthlabError, atomic_write, canonical_json
@@ -124,9 +125,9 @@ def _write_page(folder, s: RunSettings, result) -> None:
 def summary_table(table) -> Table:
     "The estimator table for a terminal."
     from synthlab.methods.compare import readable
-    text = readable(table).drop(columns=["n", "majority right then"])
-    out = Table(title="Right answers by reference estimator", title_justify="left", header_style="bold")
-    for name in text: out.add_column(name, justify="left" if name == "estimator" else "right", no_wrap=name == "estimator")
+    text = readable(table)[["estimator", "accuracy [95% CI]", "minus majority [95% CI]", "right when all wrong"]]
+    out = Table(title="Right answers by reference estimator, with 95% intervals", title_justify="left", box=SIMPLE_HEAD, padding=0, collapse_padding=True)
+    for name in text: out.add_column(name.replace(" [95% CI]", "").replace("right when all", "all"), justify="left" if name == "estimator" else "right", no_wrap=True)
     for row in text.itertuples(index=False): out.add_row(*row)
     return out
 

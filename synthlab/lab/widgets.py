@@ -133,7 +133,7 @@ class View:
     "What the explorer shows now."
     at: int = 0  # position of the case in the whole list
     show: str = "all"  # a key of FILTERS
-    query: str = ""  # all of its words must occur in the prompt, gold answer or id
+    query: str = ""  # all of its words must occur in the prompt or gold answer, or begin the id
     layout: str = "side"  # "side" | "list"
     shaded: bool = False  # tokens shaded by log-probability
 
@@ -147,13 +147,14 @@ class Catalogue:
 
 def catalogue(cases: Sequence[Case]) -> Catalogue:
     "Tag and index the cases."
-    text = lambda t: " ".join([t.id, t.answer or "", *(m["content"] for m in t.messages)]).lower()
+    text = lambda t: "\n".join([t.answer or "", *(m["content"] for m in t.messages)]).lower()
     return Catalogue(tuple(cases), tuple(tags(c) for c in cases), tuple(text(c.group.task) for c in cases))
 
 def shown(cat: Catalogue, view: View) -> list[int]:
     "Positions of the cases that pass filter and search."
-    terms = view.query.lower().split()
-    return [i for i, (t, w) in enumerate(zip(cat.tags, cat.words)) if view.show in t and all(x in w for x in terms)]
+    terms, rows = view.query.lower().split(), zip(cat.cases, cat.tags, cat.words)
+    begins = lambda case, term: len(term) > 5 and case.group.task.id.lower().startswith(term)  # a shorter one would match ids by chance
+    return [i for i, (c, t, w) in enumerate(rows) if view.show in t and all(x in w or begins(c, x) for x in terms)]
 
 # %% ../../nbs/81_widgets.ipynb #c00d81bc
 def _move(cat: Catalogue, view: View, by: int) -> View:
@@ -307,7 +308,7 @@ CSS = """
 .sl * { box-sizing: border-box; }
 .sl p { margin: 0; }
 .sl .sl-text { font: 12px/1.55 var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace); color: inherit; background: none; border: 0; white-space: pre-wrap;
-  overflow-wrap: anywhere; overflow: auto; max-height: 20em; margin: 6px 0 0; padding: 0; }
+  word-break: normal; overflow-wrap: anywhere; overflow: auto; max-height: 20em; margin: 6px 0 0; padding: 0; }
 .sl code { font: 12px var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace); background: var(--sl-soft); padding: 1px 5px; border-radius: 3px; color: inherit; overflow-wrap: anywhere; }
 .sl .sl-prompt { border: 1px solid var(--sl-line); background: var(--sl-soft); border-radius: 6px; padding: 8px 12px; margin: 8px 0; }
 .sl .sl-prompt .sl-text { margin: 0 0 6px; font-size: 13px; }
@@ -392,7 +393,7 @@ def page_html(cat: Catalogue, view: View, tokenizer: Any = None) -> str:
 _ESM = """
 function render({ model, el }) {
   const root = el.appendChild(document.createElement("div"));
-  root.className = "sl sl-live"; root.setAttribute("data-lm-suppress-shortcuts", "true");
+  root.className = "sl sl-live";
   const send = (act, value) => model.send({ act, value: String(value ?? "") });
   const draw = () => {
     const old = root.contains(document.activeElement) ? document.activeElement : null;
@@ -414,9 +415,10 @@ function render({ model, el }) {
   root.addEventListener("change", e => { if (e.target.matches("select[data-act]")) send(e.target.dataset.act, e.target.value); });
   root.addEventListener("input", e => { const t = e.target; if (t.type === "search") { clearTimeout(timer); timer = setTimeout(() => send("search", t.value), 150); } });
   root.addEventListener("keydown", e => {
-    if (e.target.matches("input, select") || e.altKey || e.ctrlKey || e.metaKey) return;
-    const act = { ArrowRight: "next", ArrowLeft: "previous" }[e.key];
-    if (act) { e.preventDefault(); e.stopPropagation(); send(act); }
+    if (e.altKey || e.ctrlKey || e.metaKey) return;
+    e.stopPropagation();
+    const act = e.target.matches("input, select, pre") ? null : { ArrowRight: "next", ArrowLeft: "previous" }[e.key];
+    if (act) { e.preventDefault(); send(act); }
   });
   model.on("change:page", draw); draw();
 }

@@ -11,7 +11,7 @@ __all__ = ['run_concurrently', 'BadReply', 'Fault', 'read_fault', 'retry_after',
 import asyncio, copy, json, math, os, queue, random, re, threading, time, warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ from .backends import Completion, LMError, Request, Sampling
 # %% ../../nbs/15_remote.ipynb #3ab5be0d
 _END = object()
 
+# %% ../../nbs/15_remote.ipynb #7fccfd46
 def run_concurrently(
     open_client: Callable[[], Any],  # makes an async context manager, entered on the loop; its value is handed to every call
     work: Callable[[Any, Any], Any],  # async (client, job) -> result; an exception it raises ends everything
@@ -40,7 +41,7 @@ def run_concurrently(
         with suppress(RuntimeError): loop.call_soon_threadsafe(main.cancel)  # a closed loop has nothing left to cancel
         thread.join(timeout=5)
 
-# %% ../../nbs/15_remote.ipynb #7fccfd46
+# %% ../../nbs/15_remote.ipynb #19e3feef
 async def _drain(open_client, work, jobs: Iterator, concurrency: int, put: Callable) -> None:
     "Let `concurrency` workers share one iterator of jobs; the first exception cancels the others."
     async def worker(client):
@@ -48,6 +49,7 @@ async def _drain(open_client, work, jobs: Iterator, concurrency: int, put: Calla
     async with open_client() as client, asyncio.TaskGroup() as group:
         for _ in range(concurrency): group.create_task(worker(client))
 
+# %% ../../nbs/15_remote.ipynb #4bb37bf8
 def _run_loop(loop: asyncio.AbstractEventLoop, main: asyncio.Task, put: Callable) -> None:
     "Run the loop until `main` ends, pass its exception on, and close the loop."
     asyncio.set_event_loop(loop)
@@ -64,6 +66,7 @@ class BadReply(Exception):
         super().__init__(message)
         self.again = again
 
+# %% ../../nbs/15_remote.ipynb #e1bc4897
 @dataclass(frozen=True)
 class Fault:
     "One failed call: why, and what follows from it."
@@ -73,11 +76,12 @@ class Fault:
     status: int | None = None  # HTTP status, if there was a reply
     param: str = ""  # the parameter the server complained about, if it named one
 
-# %% ../../nbs/15_remote.ipynb #e1bc4897
+# %% ../../nbs/15_remote.ipynb #a30015d9
 _WHOLE = {401: "the key is not accepted", 402: "the account has no credit", 403: "the key may not use this",
           404: "the server does not know this model or path", 405: "the base URL is not that of a chat API"}
 _BLOCKED = re.compile(r"insufficient_quota|credit balance|(model|pinned).*(not found|not exist|unknown|invalid|requested)|(unknown|invalid|no such) model", re.I)
 
+# %% ../../nbs/15_remote.ipynb #98b7bbac
 def read_fault(
     e: BaseException,
     timeout: float = math.nan,  # seconds a call was given, for the message
@@ -95,13 +99,14 @@ def read_fault(
     if status in _WHOLE: return Fault(f"{_WHOLE[status]} ({reason})", "all", None, status, param)
     return Fault(reason, "all" if _BLOCKED.search(reason) else "request", None, status, param)
 
-# %% ../../nbs/15_remote.ipynb #a30015d9
+# %% ../../nbs/15_remote.ipynb #1187f13b
 def _body(e: Any) -> dict:
     "The JSON object that came with an HTTP error; empty when there was none."
     body = getattr(e, "body", None)
     body = body if isinstance(body, dict) else {}
     return body["error"] if isinstance(body.get("error"), dict) else body
 
+# %% ../../nbs/15_remote.ipynb #a8d0e130
 def _said(e: Any) -> str:
     "What the server said, on one line."
     body = _body(e)
@@ -109,13 +114,14 @@ def _said(e: Any) -> str:
     code = body.get("code")
     return " ".join((f"{said} ({code})" if code else str(said)).split())[:400]
 
-# %% ../../nbs/15_remote.ipynb #98b7bbac
+# %% ../../nbs/15_remote.ipynb #bd72feb5
 def _connection_fault(e: BaseException) -> Fault:
     "Tell a server that is not there, which concerns every request, from a connection that broke on the way."
     cause = e.__cause__ or e
-    if "Connect" in type(cause).__name__: return Fault(f"nobody answers there ({cause})", "again", status=0)
-    return Fault(f"the connection broke ({type(cause).__name__}: {cause})", "again")
+    if "Connect" in type(cause).__name__: return Fault(f"nobody answers there: {cause}", "again", status=0)
+    return Fault(f"the connection broke: {type(cause).__name__} {cause}", "again")
 
+# %% ../../nbs/15_remote.ipynb #b7971220
 def retry_after(headers: Any) -> float | None:  # seconds
     "Read how long the server asks to wait: seconds, milliseconds (`retry-after-ms`) or an HTTP date."
     from email.utils import parsedate_to_datetime
@@ -129,6 +135,7 @@ def retry_after(headers: Any) -> float | None:  # seconds
 _FINISH = {"stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "refusal": "stop",
            "length": "length", "max_tokens": "length"}
 
+# %% ../../nbs/15_remote.ipynb #b9ff62bd
 def finish_reason(
     said: Any,  # what the server said
     text: str,
@@ -188,6 +195,7 @@ class _Endpoint:
         self.revision = content_id(self._vendor, self.base_url, model, self.extra_body)
         self.capabilities: dict[str, str] = {}  # feature -> "honoured" | "ignored" | "rejected" | "absent" | "left in" | "renamed to ..."
         self.retried: Counter[str] = Counter()  # reason -> calls that were tried again for it
+        self.served: Counter[str] = Counter()  # model name that the replies carried -> replies; a router may serve another than asked
         self._resume_at = 0.  # a server's request to wait holds for every worker
         self._key()
 
@@ -201,7 +209,8 @@ class _Endpoint:
 
     def complete(self, requests, concurrency=None):
         "Ask for every request; yield `(position, completion)` as they finish. Raises `LMError` for a fault that every request would meet."
-        jobs, limit = self._jobs(list(requests)), self.concurrency if concurrency is None else concurrency
+        alone = self.capabilities.get("seed_at_once") == "ignored"  # `probe` found that calls in flight disturb each other's seeds
+        jobs, limit = self._jobs(list(requests)), (1 if alone else self.concurrency) if concurrency is None else concurrency
         if limit < 1: raise BadInput(f"concurrency must be at least 1, got {concurrency}")
         for pairs in run_concurrently(self._open, self._answer, jobs, min(limit, len(jobs))): yield from pairs
 
@@ -226,22 +235,24 @@ def check_url(base_url: str) -> str:  # without a trailing slash
         raise BadInput(f"malformed base URL {base_url!r}: expected something like https://host/v1 or http://localhost:8000/v1")
     return base_url.rstrip("/")
 
+# %% ../../nbs/15_remote.ipynb #692ac4ec
 def is_local(base_url: str) -> bool:
     "Tell whether a URL points to this machine, where servers need no key."
     host = urlsplit(base_url).hostname or ""
     return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
 
+# %% ../../nbs/15_remote.ipynb #9ebf6116
 def scrub(text: str, key: str) -> str:
     "Take a key, and anything that looks like one, out of a text."
     text = text.replace(key, "[key]") if len(key) > 5 else text
     return re.sub(r"\b(sk|pk|gsk|hf|xai)[-_][\w*-]{6,}|(?<=Bearer )\S+", "[key]", text)
 
-# %% ../../nbs/15_remote.ipynb #692ac4ec
+# %% ../../nbs/15_remote.ipynb #49d9df72
 async def _call(lm: _Endpoint, client: Any, req: Request, n: int) -> list[Completion]:
     "Call until there is an answer, a fault that no try can mend, or no try left. At most `n` completions; a failed one tells why."
     tries = 0
     while True:
-        await asyncio.sleep(max(0., lm._resume_at - time.monotonic()))
+        await asyncio.sleep(max(0., lm._resume_at - time.monotonic()) * random.uniform(1, 1.1))  # not all workers at the same instant
         args = lm._args(req, n)
         try:
             tries += 1
@@ -259,13 +270,14 @@ async def _call(lm: _Endpoint, client: Any, req: Request, n: int) -> list[Comple
         lm.retried[fault.reason.split(":")[0]] += 1
         await _pause(lm, tries, fault.wait)
 
-# %% ../../nbs/15_remote.ipynb #9ebf6116
+# %% ../../nbs/15_remote.ipynb #f4cf7b2e
 async def _pause(lm: _Endpoint, tries: int, asked: float | None) -> None:
     "Wait before another try; what the server asked for holds back every worker."
     if asked is not None:
         lm._resume_at = max(lm._resume_at, time.monotonic() + min(asked, lm.max_wait))
     else: await asyncio.sleep(min(lm.max_wait, .5 * 2 ** (tries - 1)) * random.uniform(.5, 1))
 
+# %% ../../nbs/15_remote.ipynb #dc728210
 def _whole_fault(lm: _Endpoint, why: str, fault: Fault) -> LMError:
     "Word an error that every request would meet, with what to do."
     do = {0: f"is a server running at {lm.base_url}?", 401: f"check the environment variable {lm.api_key_env}", 402: "top up the account",
@@ -274,8 +286,9 @@ def _whole_fault(lm: _Endpoint, why: str, fault: Fault) -> LMError:
 
 # %% ../../nbs/15_remote.ipynb #ad5a58e9
 _OPTIONAL = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs", "top_logprobs", "n")
-_REFUSED = re.compile(r"unsupported|not supported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs|only the default", re.I)
+_REFUSED = re.compile(r"unsupported|not supported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs|deprecated|only the default", re.I)
 
+# %% ../../nbs/15_remote.ipynb #fdb09930
 def refused_parameter(
     fault: Fault,
     sent: Sequence[str],  # names of the parameters that were sent
@@ -362,11 +375,12 @@ def _openai_adapt(lm: _Endpoint, fault: Fault, args: dict) -> bool:
     lm._note(name, "rejected", "" if quiet else f"the server refuses {name!r}, so it is not sent and its own default holds ({fault.reason})")
     return True
 
+# %% ../../nbs/15_remote.ipynb #39218751
 def _no_logprobs(lm: _Endpoint, seen: str) -> LMError:
     return LMError(f"{lm.name} at {lm.base_url}: log-probabilities are required but {seen}. What to do: use a server that has them "
                    "(llama.cpp, vLLM), score the texts with a local model, or choose logprobs='auto'")
 
-# %% ../../nbs/15_remote.ipynb #39218751
+# %% ../../nbs/15_remote.ipynb #aeaecea4
 def _choices(sent: Any) -> list:
     "The choices of a reply. Raises `BadReply` when there are none."
     if isinstance(sent, (str, bytes)): raise BadReply(f"the reply is not JSON: it begins with {sent[:40]!r}")
@@ -374,9 +388,14 @@ def _choices(sent: Any) -> list:
     error = getattr(sent, "error", None)
     raise BadReply("the reply has no choices" + (f": {str(error)[:200]}" if error else ""))
 
+# %% ../../nbs/15_remote.ipynb #7e2b9eec
+def _listed(choice: Any) -> list: return getattr(getattr(choice, "logprobs", None), "content", None) or []
+
+# %% ../../nbs/15_remote.ipynb #e33de3b9
 def _openai_read(lm: OpenAIChat, sent: Any, req: Request, n: int) -> list[Completion]:
     "Turn a reply into at most `n` checked completions."
     choices, usage = _choices(sent), getattr(sent, "usage", None)
+    lm.served[str(getattr(sent, "model", None))] += 1
     lm._note("usage", "honoured" if usage else "absent")
     if n > 1: lm._note("n", "honoured" if len(choices) >= n else "ignored")
     total = getattr(usage, "completion_tokens", None) or 0
@@ -384,15 +403,16 @@ def _openai_read(lm: OpenAIChat, sent: Any, req: Request, n: int) -> list[Comple
         lm._note("max_tokens", "ignored", f"the server ignores max_tokens: {total} tokens for {req.sampling.max_tokens}")
     out = []
     for k, choice in enumerate(choices[:n]):
-        share = total // len(choices) + (k < total % len(choices))
+        share = len(_listed(choice)) if len(choices) > 1 else 0  # some servers' usage counts one choice of many
+        share = share or total // len(choices) + (k < total % len(choices))
         spent = Usage((getattr(usage, "prompt_tokens", None) or 0) * (k == 0), share, int(k == 0))
         out.append(_read_choice(lm, choice, req.sampling, spent, total if usage and len(choices) == 1 else None))
     return out
 
-# %% ../../nbs/15_remote.ipynb #aeaecea4
+# %% ../../nbs/15_remote.ipynb #fd673842
 def _read_choice(lm: OpenAIChat, choice: Any, sampling: Sampling, spent: Usage, n_tokens: int | None) -> Completion:
     "Check one choice; what is wrong with it becomes the `error` of its completion."
-    message, listed = getattr(choice, "message", None), getattr(getattr(choice, "logprobs", None), "content", None) or []
+    message, listed = getattr(choice, "message", None), _listed(choice)
     text = getattr(message, "content", None) or getattr(message, "refusal", None) or ""
     try:
         logprobs, ids = read_logprobs(listed, n_tokens, bool(sampling.stop)) if lm.logprobs != "off" else (None, None)
@@ -407,7 +427,7 @@ def _read_choice(lm: OpenAIChat, choice: Any, sampling: Sampling, spent: Usage, 
         logprobs, ids = (None, None) if kept is None else (logprobs and logprobs[:kept], ids and ids[:kept])
     return Completion(text, ids, logprobs, reason, spent)
 
-# %% ../../nbs/15_remote.ipynb #7e2b9eec
+# %% ../../nbs/15_remote.ipynb #3084a023
 def openai_lm(
     rest: str,  # "gpt-5" or "my-model@http://localhost:8000/v1"
     **kw,  # arguments of `OpenAIChat`
@@ -416,9 +436,10 @@ def openai_lm(
     model, url = split_spec(rest)
     return OpenAIChat(model, url, **kw)
 
+# %% ../../nbs/15_remote.ipynb #2dbb2a4d
 def split_spec(rest: str) -> tuple[str, str | None]:  # model, base URL
     "Split `model@url`; an `@` that is not followed by a URL belongs to the model name."
-    model, at, url = rest.rpartition("@")
+    model, at, url = re.sub(r"@(?=\w+://)", "\n", rest, count=1).rpartition("\n") if re.search(r"@\w+://", rest) else rest.rpartition("@")
     return (model, check_url(url)) if at and re.search(r"[:/]", url) else (rest, None)
 
 # %% ../../nbs/15_remote.ipynb #6ec6412c
@@ -454,12 +475,12 @@ def _anthropic_args(lm: AnthropicChat, req: Request) -> dict:
     if s.temperature > 1: raise BadInput(f"{lm.name}: Anthropic takes temperatures from 0 to 1, got {s.temperature:g}")
     turns: list[Message] = [m for m in req.messages if m["role"] not in ("system", "developer")]
     if not turns: raise BadInput(f"{lm.name}: a request needs a user message besides the system message")
-    args: dict[str, Any] = {"temperature": s.temperature}
-    if s.top_p < 1: args["top_p"] = s.top_p  # newer models refuse both at once
-    if s.top_k: args["top_k"] = s.top_k
+    drawn = {"temperature": (s.temperature, 1), "top_p": (s.top_p, 1), "top_k": (s.top_k, 0)}  # the API's own defaults; newer clients have no such arguments
+    extra = keep({**lm.extra_body, **{k: v for k, (v, default) in drawn.items() if v != default}})
+    args: dict[str, Any] = {}
     if system := "\n\n".join(m["content"] for m in req.messages if m["role"] in ("system", "developer")): args["system"] = system
     if s.stop: args["stop_sequences"] = list(s.stop)
-    return {"model": lm.name, "max_tokens": s.max_tokens, "messages": turns, **keep(args), "extra_body": keep(lm.extra_body)}
+    return {"model": lm.name, "max_tokens": s.max_tokens, "messages": turns, **keep(args), "extra_body": extra}
 
 # %% ../../nbs/15_remote.ipynb #cb45d7da
 def _anthropic_read(lm: AnthropicChat, sent: Any, sampling: Sampling) -> Completion:
@@ -491,6 +512,7 @@ def probe(lm: OpenAIChat):
     lm.capabilities |= {name: verdict for name, verdict, _ in rows}
     return pd.DataFrame(rows, columns=["feature", "verdict", "seen"])
 
+# %% ../../nbs/15_remote.ipynb #71d0e8e4
 def _ask(lm: OpenAIChat, requests: Sequence[Request], concurrency: int = 1, **changed) -> tuple[list[Completion], dict[str, str]]:
     "Answers in order, and what a copy of `lm` with some attributes changed noted on the way. Raises `LMError` when a request fails."
     twin = copy.copy(lm)
@@ -499,10 +521,11 @@ def _ask(lm: OpenAIChat, requests: Sequence[Request], concurrency: int = 1, **ch
     got = dict(twin.complete(requests, concurrency))
     return [got[i] for i in range(len(requests))], twin.capabilities
 
-# %% ../../nbs/15_remote.ipynb #71d0e8e4
+# %% ../../nbs/15_remote.ipynb #f6c8ab66
 _COUNT = Request(as_messages("Write the numbers from one to twenty in words, separated by commas."), Sampling(temperature=0., max_tokens=24), seed=1)
 _DREAM = Request(as_messages("Invent a name for a town and describe the town."), Sampling(temperature=1., max_tokens=16), seed=1)
 
+# %% ../../nbs/15_remote.ipynb #501cce0f
 def _probe_text(lm: OpenAIChat) -> Iterator[tuple[str, str, str]]:
     "Probe max_tokens, usage, logprobs and stop on greedy answers."
     (full, short), caps = _ask(lm, [_COUNT, replace(_COUNT, sampling=replace(_COUNT.sampling, max_tokens=4))])
@@ -516,7 +539,7 @@ def _probe_text(lm: OpenAIChat) -> Iterator[tuple[str, str, str]]:
     seen = caps.get("stop", "honoured" if cut.text == full.text[:full.text.find(word)] else "unclear")
     yield "stop", seen, "the client cuts the text" if seen in ("ignored", "rejected", "left in") else f"{len(full.text)} characters without, {len(cut.text)} with"
 
-# %% ../../nbs/15_remote.ipynb #f6c8ab66
+# %% ../../nbs/15_remote.ipynb #ce8718db
 def _probe_sampling(lm: OpenAIChat) -> Iterator[tuple[str, str, str]]:
     "Probe temperature and seed: one seed asked twice and two others, one at a time and then all at once."
     ask = [replace(_DREAM, seed=s) for s in (1, 1, 2, 3)]
@@ -527,9 +550,9 @@ def _probe_sampling(lm: OpenAIChat) -> Iterator[tuple[str, str, str]]:
     alone = "ignored" if not same else "honoured" if varied else "unclear"
     yield "seed", caps.get("seed", alone), f"one seed twice: {'equal' if same else 'different'}"
     moved = sum(c.text != d.text for c, d in zip((a, b, *others), together))
-    yield "seed, 4 calls at once", alone if alone != "honoured" else "ignored" if moved else "honoured", f"{moved} of 4 texts differ from one at a time"
+    yield "seed_at_once", alone if alone != "honoured" else "ignored" if moved else "honoured", f"4 calls at once: {moved} texts differ"
 
-# %% ../../nbs/15_remote.ipynb #501cce0f
+# %% ../../nbs/15_remote.ipynb #4a23bf3e
 def _probe_shape(lm: OpenAIChat) -> Iterator[tuple[str, str, str]]:
     "Probe n and json_schema."
     try:
@@ -544,6 +567,7 @@ def _probe_shape(lm: OpenAIChat) -> Iterator[tuple[str, str, str]]:
     verdict = "rejected" if c.error else "honoured" if text.startswith('{"') or _is_town(text) else "ignored"
     yield "json_schema", verdict, " ".join((c.error or text).split())[:40]
 
+# %% ../../nbs/15_remote.ipynb #36dcb235
 def _is_town(text: str) -> bool:
     "Tell whether a text is the JSON object that was asked for."
     with suppress(ValueError): return set(json.loads(text)) == {"town"}

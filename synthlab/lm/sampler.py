@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['keep_likely', 'draw', 'bucket', 'Tile', 'tile_for', 'Sample', 'generate']
 
-# %% ../../nbs/13_sampler.ipynb #52a792e9
+# %% ../../nbs/13_sampler.ipynb #832dbf9e
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from jax import lax
 from ..core import BadInput, SynthlabError
 from .jaxlm import Config, Params, dot, finish_layer, project_qkv, rms_norm, rope_angles, run_layers
 
-# %% ../../nbs/13_sampler.ipynb #afba3b52
+# %% ../../nbs/13_sampler.ipynb #f0f3ea09
 def _threshold(order: jax.Array, mass: jax.Array, wanted: jax.Array) -> jax.Array:
     "Find, per row, the largest value of `order` (R, V) such that entries at or above it hold at least `wanted` (R,) of `mass` (R, V)."
     def bit(i, t):
@@ -22,7 +22,7 @@ def _threshold(order: jax.Array, mass: jax.Array, wanted: jax.Array) -> jax.Arra
         return jnp.where(jnp.where(order >= higher[:, None], mass, 0.).sum(-1) >= wanted, higher, t)
     return lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[0], jnp.uint32))
 
-# %% ../../nbs/13_sampler.ipynb #e63c7886
+# %% ../../nbs/13_sampler.ipynb #7a7f8da6
 def keep_likely(
     z: jax.Array,  # (R, V) logits, already divided by the temperature
     top_k: jax.Array | int,  # 0 keeps all
@@ -37,7 +37,7 @@ def keep_likely(
     t = _threshold(order, p, p.sum(-1) * top_p)
     return jnp.where((order >= t[:, None]) | (jnp.asarray(top_p) >= 1), z, -jnp.inf)
 
-# %% ../../nbs/13_sampler.ipynb #81d33cc5
+# %% ../../nbs/13_sampler.ipynb #39fc2f8f
 def draw(
     z: jax.Array,  # (R, V) logits
     seeds: jax.Array,  # (R,) uint32
@@ -57,7 +57,7 @@ def draw(
     token = choose.argmax(-1).astype(jnp.int32)
     return token, jnp.take_along_axis(z, token[:, None], 1)[:, 0] - jax.nn.logsumexp(z, -1)
 
-# %% ../../nbs/13_sampler.ipynb #fb927bd3
+# %% ../../nbs/13_sampler.ipynb #af83b265
 def _partial(q, k, v, seen):
     "Unnormalised attention of q (..., Q, d) over k, v (..., S, d) where `seen` (..., Q, S): output, maximum, sum."
     s = jnp.einsum("...qd,...sd->...qs", q, k, precision="highest") / np.sqrt(q.shape[-1])
@@ -73,14 +73,14 @@ def _merge(a, b):
     wa, wb = jnp.exp(ma - m), jnp.exp(mb - m)
     return (oa * wa[..., None] + ob * wb[..., None]) / (la * wa + lb * wb)[..., None]
 
-# %% ../../nbs/13_sampler.ipynb #adf917d1
+# %% ../../nbs/13_sampler.ipynb #989b8c1f
 def bucket(n: int, smallest: int = 16) -> int:
     "Round a length up to 16, 24, 32, 48, 64, 96, ...: at most half of it is padding, and the number of programs stays small."
     size = smallest
     while size < n: size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
 
-# %% ../../nbs/13_sampler.ipynb #dc17ac5a
+# %% ../../nbs/13_sampler.ipynb #90a4b60a
 @dataclass(frozen=True)
 class Tile:
     "The shape of one decoding program."
@@ -98,7 +98,7 @@ def tile_for(config: Config, prompt_length: int, max_tokens: int) -> Tile:
     rows = min(32 if P <= 1024 else 8, fits(S))
     return Tile(P, S, rows, min(rows, fits(P)), min(8, rows))
 
-# %% ../../nbs/13_sampler.ipynb #548b29e2
+# %% ../../nbs/13_sampler.ipynb #54947dcc
 @dataclass(frozen=True)
 class _Layout:
     "Who sits where in a tile, as arrays."
@@ -110,7 +110,7 @@ class _Layout:
 
 jax.tree_util.register_dataclass(_Layout)
 
-# %% ../../nbs/13_sampler.ipynb #f2c54d0d
+# %% ../../nbs/13_sampler.ipynb #6886c83b
 def _prefix_attention(q, bank, layer, layout: _Layout, positions, window):
     "Attend to the prefixes, slot by slot, each read once for all its lanes. q (R, K, G, d) -> output, maximum, sum per row."
     (R, K, G, d), (N, lanes) = q.shape, layout.slot_rows.shape
@@ -128,7 +128,7 @@ def _prefix_attention(q, bank, layer, layout: _Layout, positions, window):
     pick = lambda a: a.reshape(N, K, lanes, G, *a.shape[3:])[layout.row_slot, :, layout.row_lane]
     return pick(o), pick(m), pick(l)
 
-# %% ../../nbs/13_sampler.ipynb #19f0f9cb
+# %% ../../nbs/13_sampler.ipynb #0577d5e0
 def _step(params: Params, bank, suffix, layout: _Layout, tokens, positions, step):
     "Run one token per row through the model: logits (R, V) and the suffix caches with one more position."
     c = params.config
@@ -147,7 +147,7 @@ def _step(params: Params, bank, suffix, layout: _Layout, tokens, positions, step
     (x, suffix), _ = lax.scan(run_layer, (x, suffix), (params.layers, jnp.arange(c.num_layers)))
     return dot(rms_norm(x[:, 0], params.norm, c.norm_eps), params.output.T), suffix
 
-# %% ../../nbs/13_sampler.ipynb #1378d991
+# %% ../../nbs/13_sampler.ipynb #6068fcbd
 @partial(jax.jit, static_argnames=("tile", "mode"))
 def _decode(params, bank, layout, tokens, positions, seeds, done, limit, eos, temperature, top_k, top_p, *, tile: Tile, mode: str):
     "Decode a tile: token ids (R, S), their log-probs (R, S) and the number of tokens of each row (R,)."
@@ -163,7 +163,7 @@ def _decode(params, bank, layout, tokens, positions, seeds, done, limit, eos, te
     *_, ids, lps, count = lax.while_loop(lambda s: (s[0] < limit) & ~s[2].all(), body, start)
     return ids, lps, count
 
-# %% ../../nbs/13_sampler.ipynb #56507d36
+# %% ../../nbs/13_sampler.ipynb #6fd10963
 @jax.jit
 def _prefill(params, ids):  # (P,)
     "Keys and values of one prompt at its bucket length: two arrays (L, K, P, d)."
@@ -174,7 +174,7 @@ def _insert(bank, prefix, slot):
     "Write a prefix into a slot of the bank, in place."
     return tuple(lax.dynamic_update_slice(b, a[:, None], (0, slot, 0, 0, 0)) for b, a in zip(bank, prefix))
 
-# %% ../../nbs/13_sampler.ipynb #5c1ea0ff
+# %% ../../nbs/13_sampler.ipynb #bc49b5e5
 @dataclass(frozen=True)
 class Sample:
     "One generated completion."
@@ -182,7 +182,7 @@ class Sample:
     logprobs: np.ndarray  # (T,) float32, natural log, temperature 1, full vocabulary
     finish_reason: str  # "stop" | "length"
 
-# %% ../../nbs/13_sampler.ipynb #796d8f7f
+# %% ../../nbs/13_sampler.ipynb #6daecca5
 def _plan(prompts: Sequence[tuple[int, ...]], rows: Sequence[int], tile: Tile, batch: int) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
     "Cut rows into tiles: each a list of slots (prompt, rows that share it)."
     by_prompt: dict[tuple[int, ...], list[int]] = {}
@@ -195,7 +195,7 @@ def _plan(prompts: Sequence[tuple[int, ...]], rows: Sequence[int], tile: Tile, b
             slots.append((prompt, mine[:n])); used += len(mine[:n]); mine = mine[n:]
     if slots: yield slots
 
-# %% ../../nbs/13_sampler.ipynb #07bf4fc6
+# %% ../../nbs/13_sampler.ipynb #f71b8e42
 def _layout(slots, tile: Tile) -> tuple[_Layout, list[int]]:
     "Seat the rows of a tile; also return which request each seat holds."
     seats = [(n, lane, row) for n, (_, rows) in enumerate(slots) for lane, row in enumerate(rows)]
@@ -205,7 +205,7 @@ def _layout(slots, tile: Tile) -> tuple[_Layout, list[int]]:
     for n, (prompt, _) in enumerate(slots): out.slot_length[n] = len(prompt) - 1
     return out, [row for *_, row in seats]
 
-# %% ../../nbs/13_sampler.ipynb #5464022d
+# %% ../../nbs/13_sampler.ipynb #41617000
 def _padded(values, size: int, dtype, fill=0) -> np.ndarray:
     out = np.full(size, fill, dtype)
     out[:len(values)] = values
@@ -229,7 +229,7 @@ def _run(params, prompts, seeds, rows, tile: Tile, batch, settings, limit, eos, 
             if not np.isfinite(lps[r, :n]).all(): raise SynthlabError(f"row {i}: the model computed NaN or infinite logits; check its weights")
             yield i, Sample(ids[r, :n].copy(), lps[r, :n].copy(), "stop" if end else "length")
 
-# %% ../../nbs/13_sampler.ipynb #cefc40e3
+# %% ../../nbs/13_sampler.ipynb #8a216f6f
 def _check(config: Config, prompts, seeds, max_tokens) -> None:
     if len(prompts) != len(seeds): raise BadInput(f"{len(prompts)} prompts but {len(seeds)} seeds")
     for i, (p, s) in enumerate(zip(prompts, seeds)):
@@ -239,7 +239,7 @@ def _check(config: Config, prompts, seeds, max_tokens) -> None:
             raise BadInput(f"row {i}: {len(p)} prompt tokens and max_tokens={max_tokens} exceed the model's context of {config.max_position_embeddings}")
         if not 0 <= s < 2**32: raise BadInput(f"row {i}: seed {s} is not in [0, 2**32)")
 
-# %% ../../nbs/13_sampler.ipynb #e68c8eae
+# %% ../../nbs/13_sampler.ipynb #e009d5e9
 def generate(
     params: Params,
     prompts: Sequence[Sequence[int]],  # token ids, one prompt a request; equal prompts share their prefix

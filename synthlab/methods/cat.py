@@ -174,12 +174,15 @@ def estimate_mutual(groups: Sequence[Group], setting: Setting) -> list[Reference
     for g in groups:
         answers, order = group_answers(g), shown_order(g, setting.seed)
         cases.append([(j, _others(g.task, [answers[i] for i in order if i != j and answers[i] is not None]), answers[j]) for j in order if answers[j] is not None])
+    count = getattr(lm, "count_tokens", lambda messages: 0)
     scores = iter(logprobs_all(lm, [(m, a) for case in cases for _, m, a in case], setting.store, "mutual" if setting.progress else ""))
     refs = []
     for g, case in zip(groups, cases):
-        nll = {j: -float(np.mean(next(scores))) for j, _, _ in case}
+        logprobs = [next(scores) for _ in case]
+        nll = {j: -float(np.mean(lp)) for (j, _, _), lp in zip(case, logprobs)}
         best = min(nll, key=lambda j: (nll[j], j)) if nll else None
-        refs.append(_select(g, best, "mutual", nll=None if best is None else nll[best], usage=asdict(Usage(calls=len(case)))))
+        used = Usage(sum(count(m) + len(lp) for (_, m, _), lp in zip(case, logprobs)), 0, len(case))
+        refs.append(_select(g, best, "mutual", nll=None if best is None else nll[best], usage=asdict(used)))
     return refs
 
 def _others(task: Task, answers: Sequence[str | None]) -> list[Message]:

@@ -25,6 +25,7 @@ class Scheme:
     eps: float = 0.0  # added to the standard deviation
     leave_one_out: bool = False  # the baseline is the mean of the others
 
+# %% ../../nbs/21_groups.ipynb #4a764522
 SCHEMES = {"grpo": Scheme(True, 1, 1e-4), "trl": Scheme(True, 1, 1e-4), "verl": Scheme(True, 1, 1e-6),
            "dr_grpo": Scheme(False), "rloo": Scheme(False, leave_one_out=True)}
 
@@ -62,6 +63,7 @@ def group_advantages(
         centred = centred / np.where(flat, 1., std + (s.eps if eps is None else eps))
     return np.where(flat, 0., centred)
 
+# %% ../../nbs/21_groups.ipynb #602263b1
 def _spread(r: np.ndarray, known: np.ndarray) -> np.ndarray:
     "Largest minus smallest known reward of each group; 0 when fewer than two are known."
     if r.shape[-1] == 0: return np.zeros((*r.shape[:-1], 1))
@@ -77,10 +79,10 @@ class GroupStats:
     single: int  # groups with fewer than two known rewards
     flat: int  # groups with at least two known rewards, all equal
     mean: float  # mean known reward; NaN if there is none
-
     @property
     def flat_share(self) -> float: return self.flat / self.groups if self.groups else float("nan")
 
+# %% ../../nbs/21_groups.ipynb #a8418a2e
 def group_stats(
     rewards: Any,  # (n, G), or (G,) for one group; NaN or None: could not be scored
 ) -> GroupStats:
@@ -120,6 +122,7 @@ class Vote:
 
     def __iter__(self): return iter((self.answer, self.share))
 
+# %% ../../nbs/21_groups.ipynb #4847dd5a
 def majority(
     answers: Sequence[Hashable],  # (G,) answers or class labels; None: no answer
     missing: Hashable = None,  # another value that means "no answer", e.g. -1 for class labels
@@ -132,6 +135,7 @@ def majority(
     n = counts[winner]
     return Vote(winner, n, n / len(cast), len(cast), len(answers) - len(cast), list(answers).index(winner), sum(c == n for c in counts.values()) > 1)
 
+# %% ../../nbs/21_groups.ipynb #d5913c89
 def answer_entropy(
     answers: Sequence[Hashable],  # (G,) answers or class labels; None: no answer
     missing: Hashable = None,
@@ -183,9 +187,9 @@ def bootstrap_ci(
 ) -> Interval:
     "Bootstrap a percentile interval for a statistic."
     x = np.asarray(values, dtype=np.float64).ravel()
-    known = x[~np.isnan(x)]
-    return _bootstrap([known], lambda s: stat(s, axis=-1), len(x) - len(known), n_boot, seed, level)
+    return _bootstrap([x[~np.isnan(x)]], lambda s: stat(s, axis=-1), int(np.isnan(x).sum()), n_boot, seed, level)
 
+# %% ../../nbs/21_groups.ipynb #8930bd61
 def paired_bootstrap(
     a: Any,  # (n,) method A, one value a task
     b: Any,  # (n,) method B on the same tasks in the same order
@@ -200,10 +204,15 @@ def paired_bootstrap(
     known = ~np.isnan(x) & ~np.isnan(y)
     return _bootstrap([x[known], y[known]], lambda s, t: stat(s, axis=-1) - stat(t, axis=-1), int((~known).sum()), n_boot, seed, level)
 
-# %% ../../nbs/21_groups.ipynb #8930bd61
+# %% ../../nbs/21_groups.ipynb #5a42ed5b
+def _check_level(level: float) -> None:
+    if not 0 < level < 1: raise BadInput(f"a confidence level lies in (0, 1), got {level}")
+
+# %% ../../nbs/21_groups.ipynb #8c6d5230
 def _bootstrap(columns: list[np.ndarray], stat: Callable, dropped: int, n_boot: int, seed: int, level: float) -> Interval:
     "Resample the rows of `columns` together, in blocks of bounded memory."
-    if not 0 < level < 1 or n_boot < 1: raise BadInput(f"level lies in (0, 1) and n_boot >= 1, got level={level}, n_boot={n_boot}")
+    _check_level(level)
+    if n_boot < 1: raise BadInput(f"n_boot is at least 1, got {n_boot}")
     n, rng, draws = len(columns[0]), np.random.default_rng(seed), []
     if n == 0: return Interval(math.nan, math.nan, math.nan, 0, dropped, level)
     block = max(1, 2_000_000 // n)
@@ -213,7 +222,7 @@ def _bootstrap(columns: list[np.ndarray], stat: Callable, dropped: int, n_boot: 
     low, high = np.quantile(np.concatenate(draws), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(stat(*columns)), float(low), float(high), n, dropped, level)
 
-# %% ../../nbs/21_groups.ipynb #5a42ed5b
+# %% ../../nbs/21_groups.ipynb #3f47f261
 def wilson(
     k: int,  # successes
     n: int,  # trials
@@ -221,13 +230,14 @@ def wilson(
 ) -> Interval:
     "Compute Wilson's score interval for a proportion (Wilson 1927)."
     if not 0 <= k <= n: raise BadInput(f"a proportion needs 0 <= k <= n, got k={k}, n={n}")
-    if not 0 < level < 1: raise BadInput(f"level lies in (0, 1), got {level}")
+    _check_level(level)
     if n == 0: return Interval(float("nan"), 0., 1., 0, 0, level)
     z, p = NormalDist().inv_cdf((1 + level) / 2), k / n
     mid, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((mid + s * half) / (1 + z * z / n) for s in (-1, 1))
     return Interval(p, 0. if k == 0 else low, 1. if k == n else high, n, 0, level)
 
+# %% ../../nbs/21_groups.ipynb #67d82b04
 def pass_at_k_ci(
     n: Any,  # (tasks,) rollouts a task
     c: Any,  # (tasks,) of which right

@@ -4,7 +4,7 @@ import pytest
 import asyncio, copy, json, math, os, queue, random, re, threading, time, warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,9 +43,86 @@ def serve(script):
     _threading.Thread(target=s.serve_forever, daemon=True).start()
     return s, f"http://127.0.0.1:{s.server_address[1]}/v1"
 
+def meet(script, n=1, opened=None, **kw):
+    "What a user sees who asks a server that follows `script`: texts or errors; or the error that ended it. Also the server and the model."
+    server, url = serve(script)
+    lm = (opened or OpenAIChat)("m", url, **{"max_wait": .01, "max_retries": 2, "concurrency": 1, **kw})
+    try: seen = [c.error or c.text for _, c in sorted(lm.complete([Request([{"role": "user", "content": "2 + 2 = ?"}], Sampling(max_tokens=8), seed=i) for i in range(n)]))]
+    except LMError as e: seen = str(e).replace(url, "http://localhost:8000/v1")
+    server.shutdown(); server.server_close()
+    return seen, server, lm
+
+def fails(status, message, **more): return lambda k, body: (status, {"error": {"message": message, **more}}, {})
+
+
+def test_closing_the_reader_cancels_what_is_in_flight():
+    import asyncio, threading, time
+    from contextlib import asynccontextmanager
+    seen = {"started": 0, "cancelled": 0, "closed": 0}
+    @asynccontextmanager
+    async def client():
+        try: yield None
+        finally: seen["closed"] += 1
+    async def work(_, job):
+        seen["started"] += 1
+        try: await asyncio.sleep(0 if job == 0 else 60)
+        except asyncio.CancelledError: seen["cancelled"] += 1; raise
+        return job
+    results, start = run_concurrently(client, work, range(9), 3), time.monotonic()
+    assert next(results) == 0
+    while seen["started"] < 4: time.sleep(.01)
+    results.close()
+    assert time.monotonic() - start < 5 and seen == {"started": 4, "cancelled": 3, "closed": 1}
+    assert not [t for t in threading.enumerate() if t.name == "synthlab-remote"]
+
+
+def test_an_exception_in_one_call_ends_all_and_reaches_the_reader():
+    import asyncio, pytest, time
+    from contextlib import nullcontext
+    async def work(_, job):
+        if job == 2: raise ZeroDivisionError("job 2")
+        await asyncio.sleep(30)
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError, match="job 2"): list(run_concurrently(nullcontext, work, range(5), 3))
+    assert time.monotonic() - start < 5
+
 
 def test_a_stop_text_the_server_left_in_is_cut():
     assert cut_at_stop("a b\n\nc", ["\n\n", "c"], ["a", " b", "\n\n", "c"]) == ("a b", 2)
     assert cut_at_stop("a bc", ["c"], ["a", " bc"]) == ("a b", None)  # the cut goes through a token: its log-probability is nobody's
     assert cut_at_stop("a b", ["c"], ["a", " b"]) == ("a b", 2)
     assert cut_at_stop("a bc", ["c"]) == ("a b", None)
+
+
+def test_every_rollout_follows_its_own_seed_whatever_the_concurrency():
+    script = lambda k, body: (_time.sleep(.02 * (k % 3)), reply(f"seed {body['seed']}"))[1]
+    for limit in (1, 4):
+        seen, server, lm = meet(script, n=9, concurrency=limit)
+        assert seen == [f"seed {i}" for i in range(9)] and len(server.bodies) == 9
+
+
+def test_a_fault_of_every_request_ends_the_run_at_the_first_call():
+    import os
+    os.environ["OPENAI_API_KEY"] = secret = "sk-secret-0123456789abcdef"
+    for status in (401, 402, 403, 404):
+        seen, server, lm = meet(fails(status, f"no: {secret}"), n=20)
+        assert "What to do" in seen and len(server.bodies) == 1 and secret not in seen + repr(lm) + str(vars(lm))
+
+
+def test_a_failing_row_is_tried_again_then_fails_alone():
+    for act in (fails(500, "oops"), fails(429, "slow"), lambda k, body: (200, b"{", {})):
+        seen, server, lm = meet(lambda k, body, act=act: act(k, body) if body["seed"] == 0 else reply("4"), n=3)
+        assert "tried 3 times" in seen[0] and seen[1:] == ["4", "4"] and len(server.bodies) == 5
+
+
+def test_refused_parameters_are_recorded_and_left_out_from_then_on():
+    import pytest
+    refuse = lambda k, body: fails(400, "temperature is not supported")(k, body) if "temperature" in body else reply("4")
+    with pytest.warns(UserWarning, match="refuses 'temperature'"): seen, server, lm = meet(refuse, n=4)
+    assert seen == ["4"] * 4 and len(server.bodies) == 5 and lm.capabilities["temperature"] == "rejected"
+
+
+def test_what_a_server_leaves_out_is_asked_for_or_said():
+    seen, server, lm = meet(lambda k, body: reply("4", n=min(2, body.get("n", 1))), n=4, n_per_call=4)
+    assert seen == ["4"] * 4 and [b.get("n", 1) for b in server.bodies] == [4, 1, 1] and lm.capabilities["n"] == "ignored"
+    assert "log-probabilities are required" in meet(lambda k, body: reply("4"), logprobs="require")[0]

@@ -15,7 +15,7 @@ from synthlab.checks.verify import *
 
 def test_what_counts_as_the_answer():
     cases = {"26": "26", "\\frac{1}{2}": "\\frac{1}{2}", "x^2+1": "x^2+1", "(3, \\frac{\\pi}{2})": "(3, \\frac{\\pi}{2})", "26 dollars.": "26", "$26$": "26",
-             "so \\boxed{1} or rather \\boxed{\\frac{1}{2}}, as 3 > 2": "\\frac{1}{2}", "work 5 + 6\n#### 1,234": "1,234", "first 3.\nA: 26": "26",
+             "so \\boxed{1} or rather \\boxed{\\frac{1}{2}}, as 3 > 2": "\\frac{1}{2}", "work 5 + 6\n#### 1,234": "1,234", "first 3.\nA: 26": "26", "A: 3\nNo, wait.\nA: 4": "4", "The answers are 3 and 5.": "3 and 5",
              "The final answer is $\\frac{3}{4}$.": "\\frac{3}{4}", "**Answer:** 12": "12", "The answer is 3 because 4 > 2.": "3", "the answer is \\boxed{7": "7",
              "She has 3 and then 4.5 left": "4.5", "It costs $1,200.": "1,200", "about -7 degrees": "-7", "5-3 makes 2": "2", "\\boxed{26\\text{ dollars}}": "26\\text{ dollars}",
              "\\boxed{no solution}": "no solution", "\\boxed{all real numbers}": "\\text{all real numbers}", "<answer> 5 </answer> bye 6": "5", "x = 5": "x = 5"}

@@ -49,6 +49,7 @@ def test_escaped_text_is_inert():
         reader = Reader(); reader.feed(f'<p title="{escape(text)}">{escape(text)}</p>'); reader.close()
         assert [t for t, _ in seen] == ["p"] and [k for k, _ in seen[0][1]] == ["title"]
     inert()
+    assert escape("half a character: \ud800").encode("utf-8") == b"half a character: ?"
 
 
 def test_secrets_are_masked_and_prose_is_not():

@@ -109,6 +109,16 @@ def test_every_sequence_of_actions_leaves_a_valid_view():
     walk()
 
 
+def test_search_finds_words_and_ids():
+    groups = demo_run(n=12)[0]
+    cat = catalogue(make_cases(groups))
+    find = lambda q: shown(cat, View(query=q))
+    assert find("") == list(range(12)) and find("33 SHELF") == [3] and find("books 33 zebra") == []
+    assert find(groups[7].task.id) == find(groups[7].task.id[:8]) == [7] and 7 not in find(groups[7].task.id[1:9])
+    letters = next(g.task.id for g in groups if not g.task.id[:2].isdecimal())
+    assert find(letters[:2]) == []
+
+
 def test_impossible_actions_are_refused():
     import pytest
     cat = catalogue(make_cases(demo_run()[0]))
