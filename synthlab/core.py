@@ -93,7 +93,8 @@ def _check_prompt(prompt) -> None:
     if isinstance(prompt, str):
         if not prompt.strip(): raise BadInput("the prompt is empty")
         return
-    if not isinstance(prompt, (list, tuple)) or not prompt: raise BadInput(f"a prompt is text or a list of messages, got {type(prompt).__name__}")
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        raise BadInput(f"a prompt is text or a list of messages, got {type(prompt).__name__}")
     for i, m in enumerate(prompt):
         if not isinstance(m, Mapping) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
             raise BadInput(f"message {i} of the prompt needs text under 'role' and 'content', got {str(m)[:80]!r}")
@@ -267,7 +268,10 @@ def atomic_write(
         os.replace(tmp, path)
     except BaseException as e:
         if tmp and os.path.exists(tmp): os.unlink(tmp)
-        if isinstance(e, OSError): raise BadInput(f"cannot write {path}: {e.strerror or e}. Choose another folder or free space; nothing was left behind") from e
+        if isinstance(e, OSError):
+            raise BadInput(
+                f"cannot write {path}: {e.strerror or e}. Choose another folder or free space; nothing was left behind"
+            ) from e
         raise
     _sync_folder(path.parent)
     return path

@@ -27,11 +27,15 @@ class StoreError(SynthlabError):
     "The journal cannot be opened, read or written; the message names the file and says what to do."
 
 # %% ../nbs/01_store.ipynb #436b84c6
-_ADVICE = {"readonly": "the folder is read-only; choose another folder", "unable to open": "the folder cannot be written; choose another folder",
-           "full": "the disk is full; free some space and run the same command again: finished work is kept",
-           "I/O error": "the disk failed or is full; free some space and run the same command again: finished work is kept",
-           "malformed": "the file is damaged; `synthlab doctor RUN` shows how far it can be read", "not a database": "this is not a synthlab journal; choose another folder",
-           "locked": "another process has been writing for a long time; wait for it or stop it"}
+_ADVICE = {
+    "readonly": "the folder is read-only; choose another folder",
+    "unable to open": "the folder cannot be written; choose another folder",
+    "full": "the disk is full; free some space and run the same command again: finished work is kept",
+    "I/O error": "the disk failed or is full; free some space and run the same command again: finished work is kept",
+    "malformed": "the file is damaged; `synthlab doctor RUN` shows how far it can be read",
+    "not a database": "this is not a synthlab journal; choose another folder",
+    "locked": "another process has been writing for a long time; wait for it or stop it",
+}
 
 @contextmanager
 def _explained(path):
@@ -53,7 +57,10 @@ class _Database:
         self._local = threading.local()
         try: self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise StoreError(f"{self.folder}: {e.strerror}; choose another folder") from e
-        with self._connection() as db: db.execute("create table if not exists work(key text primary key, kind text not null, data text not null) without rowid")
+        with self._connection() as db:
+            db.execute(
+                "create table if not exists work(key text primary key, kind text not null, data text not null) without rowid"
+            )
 
     @contextmanager
     def _connection(self):

@@ -31,12 +31,22 @@ def gym_tasks(
 ) -> list[Task]:
     "Draw `n` tasks from a reasoning-gym generator. The entry travels in `meta`, where the generator's own scorer finds it."
     import reasoning_gym
-    try: data = reasoning_gym.create_dataset(name, size=n, seed=seed, **config)
-    except (TypeError, AssertionError, ValueError) as e: raise BadInput(f"reasoning-gym data set {name!r} refuses these settings: {e}") from e
+    try:
+        data = reasoning_gym.create_dataset(name, size=n, seed=seed, **config)
+    except (TypeError, AssertionError, ValueError) as e:
+        raise BadInput(f"reasoning-gym data set {name!r} refuses these settings: {e}") from e
     entries = [json.loads(json.dumps(data[i], default=str)) for i in range(n)]
     kinds = ["math" if _is_number(str(e["answer"])) else "reasoning_gym" for e in entries]
-    return [Task(content_id("reasoning_gym", name, config, seed, i, e["question"]), e["question"], None if e["answer"] is None else str(e["answer"]), kind,
-                 {"dataset": name, "entry": e}) for i, (e, kind) in enumerate(zip(entries, kinds))]
+    return [
+        Task(
+            content_id("reasoning_gym", name, config, seed, i, e["question"]),
+            e["question"],
+            None if e["answer"] is None else str(e["answer"]),
+            kind,
+            {"dataset": name, "entry": e},
+        )
+        for i, (e, kind) in enumerate(zip(entries, kinds))
+    ]
 
 # %% ../nbs/02_tasks.ipynb #0bbfb46e
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "messages")
@@ -48,7 +58,9 @@ class BadRows(BadInput):
         self.rows = list(rows)
         shown = "\n".join(f"  {where}: {why}" for where, why in self.rows[:10])
         more = f"\n  and {len(self.rows) - 10} more" if len(self.rows) > 10 else ""
-        super().__init__(f"{source}: {len(self.rows)} bad row(s); mend them, or go on without them by on_bad='skip' (--skip-bad on the command line)\n{shown}{more}")
+        super().__init__(
+            f"{source}: {len(self.rows)} bad row(s); mend them, or go on without them by on_bad='skip' (--skip-bad on the command line)\n{shown}{more}"
+        )
 
 # %% ../nbs/02_tasks.ipynb #defb2802
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -56,9 +68,16 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     lines = path.read_bytes().split(b"\n")  # a file that ends with a line break has an empty last element
     for number, raw in enumerate(lines, 1):
         if not raw.strip(): continue
-        try: row: Any = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as e: row = ValueError(f"not UTF-8 at byte {e.start}")
-        except json.JSONDecodeError as e: row = ValueError("a torn last line: the file ends in the middle of a row" if number == len(lines) else f"not JSON: {e.msg}, column {e.colno}")
+        try:
+            row: Any = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as e:
+            row = ValueError(f"not UTF-8 at byte {e.start}")
+        except json.JSONDecodeError as e:
+            row = ValueError(
+                "a torn last line: the file ends in the middle of a row"
+                if number == len(lines)
+                else f"not JSON: {e.msg}, column {e.colno}"
+            )
         yield f"{path.name} line {number}", row
 
 # %% ../nbs/02_tasks.ipynb #fb6b1f79
@@ -94,7 +113,10 @@ def _row_task(row: Any, kind: str) -> Task:
     if isinstance(row, Exception): raise row
     if not isinstance(row, Mapping): raise ValueError(f"a row is an object with named fields, got {type(row).__name__}")
     column = next((c for c in PROMPT_COLUMNS if row.get(c) not in (None, "")), None)
-    if column is None: raise ValueError(f"no question: none of the fields {', '.join(PROMPT_COLUMNS)} is filled (found {', '.join(map(str, row)) or 'none'})")
+    if column is None:
+        raise ValueError(
+            f"no question: none of the fields {', '.join(PROMPT_COLUMNS)} is filled (found {', '.join(map(str, row)) or 'none'})"
+        )
     gold = next((row[c] for c in ANSWER_COLUMNS if row.get(c) is not None), None)
     if isinstance(gold, float) and gold.is_integer(): gold = int(gold)
     gold = None if gold is None else str(gold)
@@ -122,20 +144,30 @@ def row_tasks(
         seen[task.id] = where
         tasks.append(task)
     if bad and on_bad == "raise": raise BadRows(source, bad)
-    if bad: warnings.warn(f"{source}: {len(tasks)} tasks read, {len(bad)} row(s) skipped: " + "; ".join(f"{w}: {r}" for w, r in bad[:5]), stacklevel=3)
+    if bad:
+        warnings.warn(
+            f"{source}: {len(tasks)} tasks read, {len(bad)} row(s) skipped: " + "; ".join(f"{w}: {r}" for w, r in bad[:5]),
+            stacklevel=3,
+        )
     if not tasks: raise BadInput(f"{source}: holds no task")
     return tasks
 
 # %% ../nbs/02_tasks.ipynb #7ab39e36
-HUB_SETS = {"gsm8k": ("openai/gsm8k", "main", "test"), "math500": ("HuggingFaceH4/MATH-500", None, "test")}  # repository, configuration, split
+HUB_SETS = {
+    "gsm8k": ("openai/gsm8k", "main", "test"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+}  # repository, configuration, split
+
 
 def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
     import datasets
     repo, config, split = HUB_SETS[name]
     try: data = datasets.load_dataset(repo, config, split=split)
     except Exception as e:
-        raise BadInput(f"{name}: cannot fetch {repo!r} from the Hugging Face hub ({type(e).__name__}). Go online once so that it is cached, "
-                       "or pass the path of a .jsonl, .csv or .parquet file that holds it") from e
+        raise BadInput(
+            f"{name}: cannot fetch {repo!r} from the Hugging Face hub ({type(e).__name__}). Go online once so that it is cached, "
+            "or pass the path of a .jsonl, .csv or .parquet file that holds it"
+        ) from e
     return ((f"{repo} row {i}", dict(r)) for i, r in enumerate(data))
 
 # %% ../nbs/02_tasks.ipynb #635472cc
@@ -148,7 +180,9 @@ def _source_rows(source) -> tuple[str, Iterable[tuple[str, Any]]]:
     if not path.is_file():
         close = [x for x in _gym_names() if str(source).lower() in x or x in str(source).lower()][:5]
         hint = f"; similar reasoning-gym sets: {', '.join(close)}" if close else ""
-        raise BadInput(f"{source}: neither a file nor a known task source (any reasoning-gym data set, {', '.join(HUB_SETS)}, or a .jsonl, .csv or .parquet file){hint}")
+        raise BadInput(
+            f"{source}: neither a file nor a known task source (any reasoning-gym data set, {', '.join(HUB_SETS)}, or a .jsonl, .csv or .parquet file){hint}"
+        )
     return path.name, _file_rows(path)
 
 # %% ../nbs/02_tasks.ipynb #00f9df7b

@@ -186,6 +186,6 @@ def test_the_report_in_a_browser(chromium, watch, tmp_path, report, width, schem
 def test_no_widget_state_is_committed():
     for path in PAGES:
         nb = nbformat.read(path, as_version=4)
-        assert "widgets" not in nb.metadata, f"{path.name} holds saved widget state; run nbdev-clean"
+        assert "widgets" not in nb.metadata, f"{path.name} holds saved widget state, which nbdev-clean keeps: delete metadata.widgets"
         kinds = {k for c in nb.cells if c.cell_type == "code" for o in c.outputs for k in o.get("data", {})}
         assert not any("widget" in k for k in kinds), f"{path.name} holds the output of a live widget; run the page with nbdev-test --save"

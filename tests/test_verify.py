@@ -130,7 +130,7 @@ def check_by_word(answer, gold, context):
     if answer == "raise": raise LookupError("nothing here")
     if answer == "exit": sys.exit(1)
     if answer == "system": os.system("true")
-    if answer == "write": open("/tmp/no_such_file_of_synthlab", "w")
+    if answer == "write": open(context, "w")
     if answer == "pid": return True, "", str(os.getpid())
     if answer == "env": return True, "", " ".join(os.environ)
     if answer == "sleep": time.sleep(60)
@@ -148,14 +148,14 @@ def by_word(monkeypatch):
     return "by_word"
 
 
-def test_a_check_with_bad_habits_harms_only_its_own_verdict(by_word):
+def test_a_check_with_bad_habits_harms_only_its_own_verdict(by_word, tmp_path):
     want = {"ok": True, "allocate": "out of memory", "die": "crash", "segfault": "crash", "print": False, "read": False, "raise": "the check failed: LookupError",
             "exit": "the check failed: SystemExit", "system": "the check failed: PermissionError", "write": "the check failed: PermissionError", "sleep": "timeout"}
     words = [w for bad in want for w in (bad, "ok")]
     with VerifierPool(workers=2, timeout=1.5, memory_mb=1024) as pool:
-        out = pool.verify_many([(w, "ok") for w in words], by_word)
+        out = pool.verify_many([(w, "ok", str(tmp_path / "written")) for w in words], by_word)
     for w, v in zip(words, out): assert (v.cause if v.value is None else v.value) == want[w], (w, v)
-    assert not os.path.exists("/tmp/no_such_file_of_synthlab")
+    assert not (tmp_path / "written").exists()
 
 
 def test_memory_used_up_by_earlier_pairs_is_not_held_against_a_later_one(by_word):

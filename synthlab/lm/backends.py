@@ -14,7 +14,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 import numpy as np
-from ..core import BadInput, Message, SynthlabError, Usage, as_messages, atomic_write, canonical_json, content_id, derive_seed, from_dict, to_dict
+from synthlab.core import (
+    BadInput,
+    Message,
+    SynthlabError,
+    Usage,
+    as_messages,
+    atomic_write,
+    canonical_json,
+    content_id,
+    derive_seed,
+    from_dict,
+    to_dict,
+)
 from ..store import Store, work_key
 
 # %% ../../nbs/10_backends.ipynb #de4fb5aa
@@ -29,7 +41,12 @@ class Sampling:
 
     def __post_init__(self):
         object.__setattr__(self, "stop", tuple(self.stop))
-        checks = {"temperature": self.temperature >= 0, "top_p": 0 < self.top_p <= 1, "top_k": self.top_k >= 0, "max_tokens": self.max_tokens >= 1}
+        checks = {
+            "temperature": self.temperature >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "max_tokens": self.max_tokens >= 1,
+        }
         for name, good in checks.items():
             if not good: raise BadInput(f"sampling: {name}={getattr(self, name)!r} is out of range")
 
@@ -150,7 +167,10 @@ class Replay:
         self.path = Path(path)
         rows = _recorded(self.path)
         models = sorted({r["model"] for r in rows.values()})
-        if model is None and len(models) != 1: raise BadInput(f"{path}: holds {len(models)} models; pick one with model= or 'replay:PATH#MODEL': {', '.join(models) or '(none)'}")
+        if model is None and len(models) != 1:
+            raise BadInput(
+                f"{path}: holds {len(models)} models; pick one with model= or 'replay:PATH#MODEL': {', '.join(models) or '(none)'}"
+            )
         self._id = model or models[0]
         if self._id not in models: raise BadInput(f"{path}: no replies of {self._id!r}; recorded: {', '.join(models) or '(none)'}")
         self.name, _, self.revision = self._id.rpartition("@")
@@ -159,7 +179,10 @@ class Replay:
     def complete(self, requests, concurrency=None):
         for i, req in enumerate(requests):
             row = self._rows.get(completion_key(self._id, req))
-            if row is None: raise LMError(f"{self.path}: request {i} was never recorded ({req.messages[-1]['content'][:60]!r}, seed {req.seed}); record it with the real model first")
+            if row is None:
+                raise LMError(
+                    f"{self.path}: request {i} was never recorded ({req.messages[-1]['content'][:60]!r}, seed {req.seed}); record it with the real model first"
+                )
             yield i, Completion(**{k: v for k, v in row.items() if k != "model"})
 
 # %% ../../nbs/10_backends.ipynb #fe6f8ce4
@@ -188,8 +211,10 @@ OPENERS: dict[str, str | Callable] = {  # scheme -> "module:function" or a calla
     "replay": lambda rest, **kw: Replay(rest.partition("#")[0], rest.partition("#")[2] or None, **kw),
     "stub": lambda rest, **kw: Stub(delay=float(rest or 0), **kw),  # "stub:0.05" takes 0.05 s a request
 }
-_EXAMPLES = ('"embedded" (the default), "hf:Qwen/Qwen3-0.6B" or "hf:FOLDER", "gguf:FILE.gguf", "openai:MODEL" or "openai:MODEL@https://HOST/v1", '
-             '"anthropic:MODEL", "replay:RUN_FOLDER" and "stub"')
+_EXAMPLES = (
+    '"embedded" (the default), "hf:Qwen/Qwen3-0.6B" or "hf:FOLDER", "gguf:FILE.gguf", "openai:MODEL" or "openai:MODEL@https://HOST/v1", '
+    '"anthropic:MODEL", "replay:RUN_FOLDER" and "stub"'
+)
 
 # %% ../../nbs/10_backends.ipynb #9dab8d97
 def load_lm(
@@ -199,7 +224,8 @@ def load_lm(
     "Open a language model by its spec. Raises `BadInput` for an unknown spec and `LMError` when the model cannot be had."
     scheme, _, rest = spec.partition(":")
     if scheme not in OPENERS: raise BadInput(f"unknown model spec {spec!r}; a spec is one of {_EXAMPLES}")
-    if not rest and scheme not in ("embedded", "stub"): raise BadInput(f"model spec {spec!r} lacks its part after the colon; a spec is one of {_EXAMPLES}")
+    if not rest and scheme not in ("embedded", "stub"):
+        raise BadInput(f"model spec {spec!r} lacks its part after the colon; a spec is one of {_EXAMPLES}")
     opener = OPENERS[scheme]
     if isinstance(opener, str):
         module, _, function = opener.partition(":")

@@ -77,7 +77,10 @@ def _check_tasks(tasks: Sequence[Task]) -> None:
     if not tasks: raise BadInput("no tasks: the list is empty")
     first: dict[str, int] = {}
     for i, t in enumerate(tasks):
-        if t.id in first: raise BadInput(f"tasks {first[t.id]} and {i} have the same id {t.id!r}; ids must be unique, because results are kept by id")
+        if t.id in first:
+            raise BadInput(
+                f"tasks {first[t.id]} and {i} have the same id {t.id!r}; ids must be unique, because results are kept by id"
+            )
         first[t.id] = i
 
 # %% ../../nbs/12_rollouts.ipynb #858586bb

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SYNTHESIS_PROMPT', 'ENDINGS', 'CHOICE_PROMPT', 'ESTIMATORS', 'group_answers', 'Setting', 'estimate_majority',
-           'estimate_random', 'estimate_min_ppl', 'synthesis_messages', 'shown_order', 'synthesize',
-           'estimate_self_bon', 'estimate_mutual', 'estimate_greedy', 'estimate', 'reward', 'check_cases',
-           'gold_verdicts']
+           'estimate_random', 'estimate_min_ppl', 'numbered', 'user', 'synthesis_messages', 'shown_order', 'synthesize',
+           'choice_messages', 'estimate_self_bon', 'estimate_mutual', 'estimate_greedy', 'estimate', 'reward',
+           'check_cases', 'gold_verdicts']
 
 # %% ../../nbs/44_cat.ipynb #e24e55b2
 import math
@@ -72,7 +72,10 @@ def estimate_min_ppl(groups: Sequence[Group], setting: Setting) -> list[Referenc
     "Take the rollout with the lowest mean token negative log-likelihood; rollouts without tokens are left out."
     refs = []
     for g in groups:
-        if g.ok and all(r.logprobs is None for r in g.ok): raise BadInput(f"min_ppl: the rollouts of task {g.task.id} carry no log-probs; sample with a backend that returns them")
+        if g.ok and all(r.logprobs is None for r in g.ok):
+            raise BadInput(
+                f"min_ppl: the rollouts of task {g.task.id} carry no log-probs; sample with a backend that returns them"
+            )
         nll = [-np.mean(r.logprobs) if r.logprobs and r.finish_reason != "error" else math.inf for r in g.rollouts]
         best = int(np.argmin(nll)) if min(nll, default=math.inf) < math.inf else None
         refs.append(_select(g, best, "min_ppl", nll=None if best is None else float(nll[best])))
@@ -86,16 +89,22 @@ SYNTHESIS_PROMPT = """Here are {n} attempts at one problem, in random order. Som
 Compare the attempts step by step. Keep the steps that agree and are right, mend the steps that are wrong, and write one complete solution. {ending}"""
 ENDINGS = {"math": "Give the final answer inside \\boxed{}."}
 
+def numbered(texts: Sequence[str]) -> str:
+    "Texts as numbered attempts, for a prompt."
+    return "\n\n".join(f"Attempt {i}:\n{t.strip()}" for i, t in enumerate(texts, 1))
+
+def user(text: str) -> list[Message]: return [{"role": "user", "content": text}]
+
 def synthesis_messages(
     task: Task,
     texts: Sequence[str],  # the attempts, in the order shown
     show_question: bool = False,
 ) -> list[Message]:
     "The prompt that asks for one solution out of several attempts."
-    attempts = "\n\n".join(f"Attempt {i}:\n{t.strip()}" for i, t in enumerate(texts, 1))
-    text = SYNTHESIS_PROMPT.format(n=len(texts), attempts=attempts, ending=ENDINGS.get(task.kind, "End with a line that says: Answer: ..."))
-    if show_question: text = "The problem:\n" + "\n".join(m["content"] for m in task.messages if m["role"] == "user") + "\n\n" + text
-    return [{"role": "user", "content": text}]
+    ending = ENDINGS.get(task.kind, "End with a line that says: Answer: ...")
+    text = SYNTHESIS_PROMPT.format(n=len(texts), attempts=numbered(texts), ending=ending)
+    question = "\n".join(m["content"] for m in task.messages if m["role"] == "user")
+    return user(f"The problem:\n{question}\n\n{text}" if show_question else text)
 
 # %% ../../nbs/44_cat.ipynb #e38275a3
 def shown_order(group: Group, seed: int, limit: int | None = None) -> list[int]:
@@ -128,14 +137,18 @@ def synthesize(
         wanted = shown_order(d, s.seed, rollouts)
         order = _fit(anchor, wanted, ask, s.max_tokens)
         shown.append((order, len(wanted) - len(order)))
-        if order: requests.append(Request(ask(order), Sampling(s.temperature, max_tokens=s.max_tokens), derive_seed(s.seed, name, g.task.id)))
+        if order:
+            requests.append(
+                Request(ask(order), Sampling(s.temperature, max_tokens=s.max_tokens), derive_seed(s.seed, name, g.task.id))
+            )
     done = iter(complete_all(anchor, requests, s.store, s.concurrency, name if s.progress else ""))
     return [_synthesized(g, next(done) if order else None, name, order, dropped) for g, (order, dropped) in zip(groups, shown)]
 
 # %% ../../nbs/44_cat.ipynb #0f652a97
 def _synthesized(group, completion, name, order, dropped) -> Reference:
     evidence = {"order": order, "dropped": dropped}
-    if completion is None: return _select(group, None, name, cause="no attempt fits the context" if dropped else "no attempt to show", **evidence)
+    if completion is None:
+        return _select(group, None, name, cause="no attempt fits the context" if dropped else "no attempt to show", **evidence)
     evidence |= {"usage": asdict(completion.usage), "finish_reason": completion.finish_reason}
     if completion.error: return _select(group, None, name, cause=completion.error, **evidence)
     return _reference(group, completion.text, name, rollouts=sorted(order), **evidence)
@@ -152,19 +165,25 @@ def _parse_choice(text: str, n: int) -> int | None:
     return numbers.pop() - 1 if len(numbers) == 1 and min(numbers) in range(1, n + 1) else None
 
 # %% ../../nbs/44_cat.ipynb #4c08e00e
+def choice_messages(group: Group, order: Sequence[int]) -> list[Message]:
+    "The prompt that asks for the number of the best attempt."
+    return user(CHOICE_PROMPT.format(n=len(order), attempts=numbered([group.rollouts[i].text for i in order])))
+
 def estimate_self_bon(groups: Sequence[Group], setting: Setting) -> list[Reference]:
     "Let the model name the best rollout of each group by its number (self best-of-n)."
-    s, lm, orders = setting, setting.model("self_bon"), []
-    def ask(g, order): return [{"role": "user", "content": CHOICE_PROMPT.format(n=len(order), attempts="\n\n".join(f"Attempt {k}:\n{g.rollouts[i].text.strip()}" for k, i in enumerate(order, 1)))}]
-    for g in groups: orders.append(_fit(lm, shown_order(g, s.seed), lambda o, g=g: ask(g, o), 16))
-    requests = [Request(ask(g, o), Sampling(0.0, max_tokens=16), derive_seed(s.seed, "self_bon", g.task.id)) for g, o in zip(groups, orders) if o]
-    done, refs = iter(complete_all(lm, requests, s.store, s.concurrency, "self_bon" if s.progress else "")), []
-    for g, o in zip(groups, orders):
-        c = next(done) if o else None
-        k = _parse_choice(c.text, len(o)) if c else None
-        why = {} if k is not None else {"cause": (c.error or f"no choice in {c.text[:60]!r}") if c else "no attempt to show"}
-        refs.append(_select(g, None if k is None else o[k], "self_bon", order=o, usage=asdict(c.usage if c else Usage()), **why))
-    return refs
+    s, lm, sampling = setting, setting.model("self_bon"), Sampling(0.0, max_tokens=16)
+    orders = [_fit(lm, shown_order(g, s.seed), lambda o, g=g: choice_messages(g, o), sampling.max_tokens) for g in groups]
+    requests = [Request(choice_messages(g, o), sampling, derive_seed(s.seed, "self_bon", g.task.id)) for g, o in zip(groups, orders) if o]
+    done = iter(complete_all(lm, requests, s.store, s.concurrency, "self_bon" if s.progress else ""))
+    return [_chosen(g, o, next(done) if o else None) for g, o in zip(groups, orders)]
+
+def _chosen(group: Group, order: list[int], completion) -> Reference:
+    "The rollout that the model's reply names; without one, a reference without an answer."
+    if completion is None: return _select(group, None, "self_bon", cause="no attempt to show")
+    k = _parse_choice(completion.text, len(order))
+    evidence = {"order": order, "usage": asdict(completion.usage)}
+    if k is None: return _select(group, None, "self_bon", cause=completion.error or f"no choice in {completion.text[:60]!r}", **evidence)
+    return _select(group, order[k], "self_bon", **evidence)
 
 # %% ../../nbs/44_cat.ipynb #8c8628f1
 def estimate_mutual(groups: Sequence[Group], setting: Setting) -> list[Reference]:
@@ -172,8 +191,9 @@ def estimate_mutual(groups: Sequence[Group], setting: Setting) -> list[Reference
     lm, cases = setting.model("mutual"), []
     if not isinstance(lm, ScoringLM): raise BadInput(f"mutual: {lm.name} cannot score a given text; use a local model as anchor")
     for g in groups:
-        answers, order = group_answers(g), shown_order(g, setting.seed)
-        cases.append([(j, _others(g.task, [answers[i] for i in order if i != j and answers[i] is not None]), answers[j]) for j in order if answers[j] is not None])
+        answers = group_answers(g)
+        order = [i for i in shown_order(g, setting.seed) if answers[i] is not None]
+        cases.append([(j, _others(g.task, [answers[i] for i in order if i != j]), answers[j]) for j in order])
     count = getattr(lm, "count_tokens", lambda messages: 0)
     scores = iter(logprobs_all(lm, [(m, a) for case in cases for _, m, a in case], setting.store, "mutual" if setting.progress else ""))
     refs = []
@@ -186,13 +206,19 @@ def estimate_mutual(groups: Sequence[Group], setting: Setting) -> list[Reference
     return refs
 
 def _others(task: Task, answers: Sequence[str | None]) -> list[Message]:
-    return [*task.messages[:-1], {"role": "user", "content": f"{task.messages[-1]['content']}\n\nOther people answered: {', '.join(map(str, answers)) or '(nobody else)'}.\nReply with the answer only."}]
+    "The question, followed by what the others answered."
+    said = ", ".join(map(str, answers)) or "(nobody else)"
+    question = f"{task.messages[-1]['content']}\n\nOther people answered: {said}.\nReply with the answer only."
+    return [*task.messages[:-1], *user(question)]
 
 # %% ../../nbs/44_cat.ipynb #f077a81e
 def estimate_greedy(groups: Sequence[Group], setting: Setting) -> list[Reference]:
     "Ask the model once, at temperature 0, without any rollouts."
     lm = setting.model("greedy")
-    requests = [Request(g.task.messages, Sampling(0.0, max_tokens=setting.max_tokens), derive_seed(setting.seed, "greedy", g.task.id)) for g in groups]
+    requests = [
+        Request(g.task.messages, Sampling(0.0, max_tokens=setting.max_tokens), derive_seed(setting.seed, "greedy", g.task.id))
+        for g in groups
+    ]
     done = complete_all(lm, requests, setting.store, setting.concurrency, "greedy" if setting.progress else "")
     return [_reference(g, c.text, "greedy", usage=asdict(c.usage), **({"cause": c.error} if c.error else {})) for g, c in zip(groups, done)]
 
@@ -206,12 +232,18 @@ def _fields(s: Setting) -> dict: return {k: v for k, v in vars(s).items() if k !
 
 ESTIMATORS: dict[str, Callable[[Sequence[Group], Setting], list[Reference]]] = {
     "synthesis": lambda gs, s: synthesize(gs, s.model("synthesis"), **_fields(s)),
-    "majority": estimate_majority, "min_ppl": estimate_min_ppl, "self_bon": estimate_self_bon, "mutual": estimate_mutual, "random": estimate_random,
+    "majority": estimate_majority,
+    "min_ppl": estimate_min_ppl,
+    "self_bon": estimate_self_bon,
+    "mutual": estimate_mutual,
+    "random": estimate_random,
     "greedy": estimate_greedy,
     "synthesis_1": lambda gs, s: synthesize(gs, s.model("synthesis_1"), rollouts=1, name="synthesis_1", **_fields(s)),
     "copy_first": lambda gs, s: _copy(gs, s, 0, "copy_first"),
     "copy_last": lambda gs, s: _copy(gs, s, -1, "copy_last"),
-    "other_problem": lambda gs, s: synthesize(gs, s.model("other_problem"), donors=[*gs[1:], gs[0]], name="other_problem", **_fields(s)),
+    "other_problem": lambda gs, s: synthesize(
+        gs, s.model("other_problem"), donors=[*gs[1:], gs[0]], name="other_problem", **_fields(s)
+    ),
 }
 
 # %% ../../nbs/44_cat.ipynb #608ede49
@@ -235,7 +267,8 @@ def reward(
     references: Sequence[Reference],
 ) -> np.ndarray:  # (n, G) in {0, 1, NaN}; short groups are padded with NaN
     "Reward each rollout for agreeing with its group's reference (CaT, section 3.2, verifiable tasks)."
-    if [g.task.id for g in groups] != [r.task_id for r in references]: raise BadInput("groups and references must be about the same tasks, in the same order")
+    if [g.task.id for g in groups] != [r.task_id for r in references]:
+        raise BadInput("groups and references must be about the same tasks, in the same order")
     out = np.full((len(groups), max(len(g.rollouts) for g in groups)), np.nan)
     cells = [(i, j, r.text, ref.answer, g.task.kind) for i, (g, ref) in enumerate(zip(groups, references)) if ref.answer is not None
              for j, r in enumerate(g.rollouts) if r.finish_reason != "error"]

@@ -24,10 +24,22 @@ def readable(
     "The table of a comparison in fewer, readable columns of text; empty where a number does not exist."
     number = lambda x, form=".3f": "" if pd.isna(x) else format(x, form)
     span = lambda x, low, high, form=".3f": "" if pd.isna(x) else f"{x:{form}} [{low:{form}}, {high:{form}}]"
-    return pd.DataFrame([{
-        "estimator": r.estimator, "n": r.n, "accuracy [95% CI]": span(r.accuracy, r.ci_low, r.ci_high), "minus majority [95% CI]": span(r.vs_majority, r.vs_low, r.vs_high, "+.3f"),
-        "disagrees": number(r.disagrees), "right then": number(r.right_when_disagrees), "majority right then": number(r.majority_right_then),
-        "right when all wrong": "" if pd.isna(r.all_wrong) else f"{r.right_when_all_wrong:.0f} of {r.all_wrong:.0f}", "no answer": number(r.no_answer, ".0f")} for r in table.itertuples()])
+    return pd.DataFrame(
+        [
+            {
+                "estimator": r.estimator,
+                "n": r.n,
+                "accuracy [95% CI]": span(r.accuracy, r.ci_low, r.ci_high),
+                "minus majority [95% CI]": span(r.vs_majority, r.vs_low, r.vs_high, "+.3f"),
+                "disagrees": number(r.disagrees),
+                "right then": number(r.right_when_disagrees),
+                "majority right then": number(r.majority_right_then),
+                "right when all wrong": "" if pd.isna(r.all_wrong) else f"{r.right_when_all_wrong:.0f} of {r.all_wrong:.0f}",
+                "no answer": number(r.no_answer, ".0f"),
+            }
+            for r in table.itertuples()
+        ]
+    )
 
 # %% ../../nbs/45_compare.ipynb #21152c12
 @dataclass(frozen=True, repr=False)
@@ -72,7 +84,18 @@ def copy_rates(groups: Sequence[Group], references: Sequence[Reference]) -> pd.D
         answers = group_answers(g)
         labels = cluster([ref.answer, *(answers[i] for i in order)], g.task.kind)
         for p, label in enumerate(labels[1:], 1): hits.setdefault(p, []).append(label == labels[0] >= 0)
-    return pd.DataFrame([{"position": p, "n": len(h), "agrees": np.mean(h), "ci_low": wilson(sum(h), len(h)).low, "ci_high": wilson(sum(h), len(h)).high} for p, h in sorted(hits.items())])
+    return pd.DataFrame(
+        [
+            {
+                "position": p,
+                "n": len(h),
+                "agrees": np.mean(h),
+                "ci_low": wilson(sum(h), len(h)).low,
+                "ci_high": wilson(sum(h), len(h)).high,
+            }
+            for p, h in sorted(hits.items())
+        ]
+    )
 
 # %% ../../nbs/45_compare.ipynb #1acc4bb6
 def _row(name: str, right: np.ndarray, base: np.ndarray, same: np.ndarray, hopeless: np.ndarray, missing: int, seed: int) -> dict:
@@ -80,9 +103,22 @@ def _row(name: str, right: np.ndarray, base: np.ndarray, same: np.ndarray, hopel
     ci, gain = bootstrap_ci(right, seed=seed), paired_bootstrap(right, base, seed=seed)
     known, apart = ~np.isnan(right), ~same & ~np.isnan(right) & ~np.isnan(base)
     share = lambda x: float(np.mean(x)) if len(x) else math.nan
-    return {"estimator": name, "n": int(known.sum()), "accuracy": ci.value, "ci_low": ci.low, "ci_high": ci.high, "vs_majority": gain.value, "vs_low": gain.low, "vs_high": gain.high,
-            "disagrees": share(~same[known]), "right_when_disagrees": share(right[apart]), "majority_right_then": share(base[apart]),
-            "all_wrong": int((hopeless & known).sum()), "right_when_all_wrong": int(right[hopeless & known].sum()), "no_answer": missing}
+    return {
+        "estimator": name,
+        "n": int(known.sum()),
+        "accuracy": ci.value,
+        "ci_low": ci.low,
+        "ci_high": ci.high,
+        "vs_majority": gain.value,
+        "vs_low": gain.low,
+        "vs_high": gain.high,
+        "disagrees": share(~same[known]),
+        "right_when_disagrees": share(right[apart]),
+        "majority_right_then": share(base[apart]),
+        "all_wrong": int((hopeless & known).sum()),
+        "right_when_all_wrong": int(right[hopeless & known].sum()),
+        "no_answer": missing,
+    }
 
 # %% ../../nbs/45_compare.ipynb #e4755d85
 def compare(
@@ -103,9 +139,20 @@ def compare(
     right = {name: _right(groups, refs) for name, refs in references.items()}
     labels = [cluster([references[name][i].answer for name in names], g.task.kind) for i, g in enumerate(groups)]
     agree = {name: np.array([row[k] == row[names.index("majority")] for row in labels]) for k, name in enumerate(names)}
-    rows = [_row(n, right[n], right["majority"], agree[n], hopeless, sum(r.answer is None for r in references[n]), seed) for n in dict.fromkeys([*estimators])]
+    rows = [
+        _row(n, right[n], right["majority"], agree[n], hopeless, sum(r.answer is None for r in references[n]), seed)
+        for n in dict.fromkeys([*estimators])
+    ]
     ref = next((references[n] for n in names if n == "synthesis"), [])
-    return Comparison(pd.DataFrame([_single(groups, verdicts, seed), *rows]), copy_rates(groups, ref), tokens_by_role(groups, references), list(groups), references, verdicts, account(groups, verdicts))
+    return Comparison(
+        pd.DataFrame([_single(groups, verdicts, seed), *rows]),
+        copy_rates(groups, ref),
+        tokens_by_role(groups, references),
+        list(groups),
+        references,
+        verdicts,
+        account(groups, verdicts),
+    )
 
 # %% ../../nbs/45_compare.ipynb #af99c526
 def _right(groups: Sequence[Group], references: Sequence[Reference]) -> np.ndarray:

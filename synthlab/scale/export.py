@@ -18,7 +18,8 @@ from ..store import write_parquet
 # %% ../../nbs/71_export.ipynb #198c29b7
 def _aligned(groups: Sequence[Group], references: Sequence[Reference]) -> None:
     if not groups: raise BadInput("no groups: the list is empty")
-    if [g.task.id for g in groups] != [r.task_id for r in references]: raise BadInput("groups and references must be about the same tasks, in the same order")
+    if [g.task.id for g in groups] != [r.task_id for r in references]:
+        raise BadInput("groups and references must be about the same tasks, in the same order")
 
 def to_examples(
     groups: Sequence[Group],
@@ -31,7 +32,13 @@ def to_examples(
         if ref.answer is None: rows.add("filtered", "no reference answer"); continue
         messages = [*g.task.messages, {"role": "assistant", "content": ref.text}]
         model = next((r.model for r in g.rollouts), "")
-        lineage = {"task_id": g.task.id, "estimator": ref.estimator, "model": model, "rollouts": ref.evidence.get("rollouts", []), "answer": ref.answer}
+        lineage = {
+            "task_id": g.task.id,
+            "estimator": ref.estimator,
+            "model": model,
+            "rollouts": ref.evidence.get("rollouts", []),
+            "answer": ref.answer,
+        }
         examples.append(Example(content_id(messages, ref.estimator), messages, f"cat/{ref.estimator}", lineage))
         rows.add("ok")
     return examples, rows
@@ -40,14 +47,31 @@ def to_examples(
 FORMATS = ("sft", "prompt", "rollouts")
 
 def _example_row(e: Example, fmt: str) -> dict:
-    base = {"id": e.id, "task_id": e.lineage["task_id"], "source": e.source, "lineage": json.dumps(e.lineage, sort_keys=True, ensure_ascii=False)}
+    base = {
+        "id": e.id,
+        "task_id": e.lineage["task_id"],
+        "source": e.source,
+        "lineage": json.dumps(e.lineage, sort_keys=True, ensure_ascii=False),
+    }
     if fmt == "sft": return {"messages": list(e.messages), **base}
     return {"prompt": list(e.messages[:-1]), "reference": e.lineage["answer"], **base}
 
 def _rollout_rows(groups: Sequence[Group], rewards: np.ndarray) -> list[dict]:
-    return [{"prompt": g.task.messages, "completion": [{"role": "assistant", "content": r.text}], "reward": None if np.isnan(rewards[i, j]) else float(rewards[i, j]),
-             "id": content_id(g.task.id, r.index, r.seed), "task_id": g.task.id, "index": r.index, "finish_reason": r.finish_reason, "model": r.model, "seed": r.seed}
-            for i, g in enumerate(groups) for j, r in enumerate(g.rollouts)]
+    return [
+        {
+            "prompt": g.task.messages,
+            "completion": [{"role": "assistant", "content": r.text}],
+            "reward": None if np.isnan(rewards[i, j]) else float(rewards[i, j]),
+            "id": content_id(g.task.id, r.index, r.seed),
+            "task_id": g.task.id,
+            "index": r.index,
+            "finish_reason": r.finish_reason,
+            "model": r.model,
+            "seed": r.seed,
+        }
+        for i, g in enumerate(groups)
+        for j, r in enumerate(g.rollouts)
+    ]
 
 # %% ../../nbs/71_export.ipynb #ddad10c6
 def to_table(
@@ -60,7 +84,8 @@ def to_table(
     if format not in FORMATS: raise BadInput(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
     _aligned(groups, references)
     if format != "rollouts": return pd.DataFrame([_example_row(e, format) for e in to_examples(groups, references)[0]])
-    if rewards is None or len(rewards) != len(groups): raise BadInput("format 'rollouts' needs rewards, one row a group: pass rewards=reward(groups, references)")
+    if rewards is None or len(rewards) != len(groups):
+        raise BadInput("format 'rollouts' needs rewards, one row a group: pass rewards=reward(groups, references)")
     return pd.DataFrame(_rollout_rows(groups, rewards))
 
 def to_dataset(groups, references, format: str = "sft", rewards: np.ndarray | None = None):
@@ -77,9 +102,27 @@ def dataset_card(
     notes: Sequence[str] = (),  # limits, in full sentences
 ) -> str:
     "Write the data set's README.md: front matter for the hub, provenance, row accounting, columns and limits."
-    front = ["---", f"pretty_name: {json.dumps(name)}", "tags: [synthetic, synthlab]", "configs:", "- config_name: default", "  data_files: [{split: train, path: train.parquet}]", "---"]
-    about = ["", f"# {name}", "", "Synthetic training data made with synthlab: every answer was written by a model and selected or synthesized without an answer key.", "",
-             "## How it was made", "", "| | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in facts.items())]
+    front = [
+        "---",
+        f"pretty_name: {json.dumps(name)}",
+        "tags: [synthetic, synthlab]",
+        "configs:",
+        "- config_name: default",
+        "  data_files: [{split: train, path: train.parquet}]",
+        "---",
+    ]
+    about = [
+        "",
+        f"# {name}",
+        "",
+        "Synthetic training data made with synthlab: every answer was written by a model and selected or synthesized without an answer key.",
+        "",
+        "## How it was made",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {k} | {_cell(v)} |" for k, v in facts.items()),
+    ]
     count = ["", "## Rows", "", f"{rows}", "", "## Columns", "", *(f"- `{c}`" for c in table.columns), "", "## Limits", "",
              *(f"- {n}" for n in [*notes, "Answers are estimates, not ground truth: measure before you train on them."])]
     return "\n".join(front + about + count) + "\n"

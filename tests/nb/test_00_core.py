@@ -51,16 +51,29 @@ def test_bad_records_name_the_culprit():
 
 def test_records_survive_json():
     from hypothesis import given, settings, strategies as st
-    plain = st.recursive(st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-                         lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text().filter(lambda k: k != "$type"), s, max_size=3), max_leaves=8)
+    plain = st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text().filter(lambda k: k != "$type"), s, max_size=3),
+        max_leaves=8,
+    )
     tokens = st.lists(st.tuples(st.integers(0, 50000), st.floats(-50, 0)), max_size=4)
 
     @settings(max_examples=150, deadline=None)
-    @given(text=st.text(), meta=st.dictionaries(st.text().filter(lambda k: k != "$type"), plain, max_size=3), tok=tokens, seed=st.integers(0, 2**31))
+    @given(
+        text=st.text(),
+        meta=st.dictionaries(st.text().filter(lambda k: k != "$type"), plain, max_size=3),
+        tok=tokens,
+        seed=st.integers(0, 2**31),
+    )
     def roundtrip(text, meta, tok, seed):
         t = Task("t" + text, [{"role": "user", "content": text}], answer=text, meta=meta)
         r = Rollout(t.id, 0, text, [a for a, _ in tok], [b for _, b in tok], "length", "m", seed, Usage(1, 2, 3))
-        for rec in (Group(t, [r]), Reference(t.id, text, None, "majority", meta), Example("e", t.messages, "cat", meta), Rubric([Criterion(text, -1.5)])):
+        for rec in (
+            Group(t, [r]),
+            Reference(t.id, text, None, "majority", meta),
+            Example("e", t.messages, "cat", meta),
+            Rubric([Criterion(text, -1.5)]),
+        ):
             assert from_dict(json.loads(canonical_json(to_dict(rec)))) == rec
     roundtrip()
 

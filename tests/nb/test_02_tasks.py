@@ -23,7 +23,9 @@ def test_csv_parquet_frame_and_rows_agree():
     d = Path(tempfile.mkdtemp())
     rows = [{"question": f"Wie groß ist {i}?\nSay it.", "answer": str(i), "topic": "数, \"quoted\""} for i in range(5)]
     df = pd.DataFrame(rows)
-    df.to_csv(d / "t.csv", index=False); df.to_parquet(d / "t.parquet"); df.to_json(d / "t.jsonl", orient="records", lines=True, force_ascii=False)
+    df.to_csv(d / "t.csv", index=False)
+    df.to_parquet(d / "t.parquet")
+    df.to_json(d / "t.jsonl", orient="records", lines=True, force_ascii=False)
     assert load_tasks(d / "t.csv") == load_tasks(d / "t.parquet") == load_tasks(d / "t.jsonl") == load_tasks(df) == load_tasks(rows)
 
 
@@ -35,9 +37,19 @@ def test_small_samples_begin_large_ones():
 def test_every_bad_row_is_named_with_its_line():
     import pytest, tempfile, warnings
     f = Path(tempfile.mkdtemp()) / "t.jsonl"
-    f.write_bytes('{"question": "2+2?", "answer": 4}\n\n{"question": ""}\n[1]\n'.encode() + b'{"question": "\xff"}\n' + b'{"question": "2+2?", "answer": "4"}\n{"question": "torn')
+    f.write_bytes(
+        '{"question": "2+2?", "answer": 4}\n\n{"question": ""}\n[1]\n'.encode()
+        + b'{"question": "\xff"}\n'
+        + b'{"question": "2+2?", "answer": "4"}\n{"question": "torn'
+    )
     with pytest.raises(BadRows) as e: load_tasks(f)
-    assert [(w.split(" line ")[1], r[:7]) for w, r in e.value.rows] == [("3", "no ques"), ("4", "a row i"), ("5", "not UTF"), ("6", "same id"), ("7", "a torn ")]
+    assert [(w.split(" line ")[1], r[:7]) for w, r in e.value.rows] == [
+        ("3", "no ques"),
+        ("4", "a row i"),
+        ("5", "not UTF"),
+        ("6", "same id"),
+        ("7", "a torn "),
+    ]
     with pytest.warns(UserWarning, match="5 row"): assert [t.answer for t in load_tasks(f, on_bad="skip")] == ["4"]
 
 

@@ -8,7 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 import numpy as np
-from synthlab.core import BadInput, Message, SynthlabError, Usage, as_messages, atomic_write, canonical_json, content_id, derive_seed, from_dict, to_dict
+from synthlab.core import (
+    BadInput,
+    Message,
+    SynthlabError,
+    Usage,
+    as_messages,
+    atomic_write,
+    canonical_json,
+    content_id,
+    derive_seed,
+    from_dict,
+    to_dict,
+)
 from synthlab.store import Store, work_key
 
 from synthlab.lm.backends import *

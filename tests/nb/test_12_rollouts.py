@@ -31,7 +31,11 @@ def test_scores_are_journalled():
 
 def test_schedule_changes_nothing():
     base = sample(Stub(), TASKS, n=4, progress=False)
-    assert sample(Stub(delay=.002), TASKS, n=4, concurrency=8, progress=False) == base == sample(Stub(), TASKS, n=4, concurrency=1, progress=False)
+    assert (
+        sample(Stub(delay=0.002), TASKS, n=4, concurrency=8, progress=False)
+        == base
+        == sample(Stub(), TASKS, n=4, concurrency=1, progress=False)
+    )
     assert sample(Stub(), TASKS[::-1], n=4, progress=False)[::-1] == base
     assert [g.rollouts[:2] for g in base] == [g.rollouts for g in sample(Stub(), TASKS, n=2, progress=False)]
     assert sample(Stub(), TASKS, n=4, seed=1, progress=False) != base
@@ -53,7 +57,11 @@ def test_failed_calls_are_kept_apart_and_retried():
     folder = tempfile.mkdtemp()
     with pytest.warns(UserWarning, match="calls failed"): a = sample(Stub(flaky), TASKS, n=4, store=folder, progress=False)
     bad = [r for g in a for r in g.rollouts if r.finish_reason == "error"]
-    assert bad and all("ZeroDivisionError" in r.error and not r.text for r in bad) and sum(len(g.ok) for g in a) == 24 - len(bad) == Store(folder).counts()["completion"]
+    assert (
+        bad
+        and all("ZeroDivisionError" in r.error and not r.text for r in bad)
+        and sum(len(g.ok) for g in a) == 24 - len(bad) == Store(folder).counts()["completion"]
+    )
     mended = Stub(lambda req: "\\boxed{1}")
     b = sample(mended, TASKS, n=4, store=folder, progress=False)
     assert mended.calls == len(bad) and all(len(g.ok) == 4 for g in b)

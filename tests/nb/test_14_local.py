@@ -24,7 +24,13 @@ def test_filters_keep_what_they_say():
     def support(**kw):
         rng = np.random.default_rng(0)
         return {_draw(lp, Sampling(**kw), rng) for _ in range(400)}
-    assert support() == {0, 1, 2, 3} and support(top_k=2) == {0, 1} and support(top_p=.79) == {0, 1} and support(top_p=.81) == {0, 1, 2} and support(temperature=0) == {0}
+    assert (
+        support() == {0, 1, 2, 3}
+        and support(top_k=2) == {0, 1}
+        and support(top_p=0.79) == {0, 1}
+        and support(top_p=0.81) == {0, 1, 2}
+        and support(temperature=0) == {0}
+    )
 
 
 def test_draws_follow_the_softmax():
@@ -49,7 +55,11 @@ def test_stop_strings_cut_text_and_tokens():
     req = lambda stop: Request("Count from one to ten in words.", Sampling(temperature=0, max_tokens=40, stop=stop))
     full, cut = list(lm.complete([req(())]))[0][1], list(lm.complete([req(("\n3",))]))[0][1]
     assert "\n3" in full.text and cut.text == full.text.split("\n3")[0] and cut.finish_reason == "stop"
-    assert list(cut.token_ids) == list(full.token_ids[:len(cut.token_ids)]) and "\n3" in lm.decode(cut.token_ids) and "\n3" not in lm.decode(cut.token_ids[:-1])
+    assert (
+        list(cut.token_ids) == list(full.token_ids[: len(cut.token_ids)])
+        and "\n3" in lm.decode(cut.token_ids)
+        and "\n3" not in lm.decode(cut.token_ids[:-1])
+    )
 
 
 def test_a_prompt_too_long_fails_alone():
@@ -64,7 +74,9 @@ def test_other_architectures_run_on_transformers():
     from transformers import GPT2Config, GPT2LMHeadModel
     folder, lm = tempfile.mkdtemp(), load_lm("embedded")
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=49152, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=2)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=49152, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=2)
+    ).save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
     other = load_lm(f"hf:{folder}")
     requests = [Request("Hi", Sampling(max_tokens=6), seed=s) for s in range(3)]

@@ -52,13 +52,31 @@ def test_the_order_is_shuffled_by_seed_and_task_alone():
     orders = [shown_order(g, 0) for g in groups]
     assert orders == [shown_order(g, 0) for g in groups] != [shown_order(g, 1) for g in groups]
     assert len({tuple(o) for o in orders}) > 20 and all(sorted(o) == list(range(6)) for o in orders)
-    dead = Group(groups[0].task, [*groups[0].rollouts[:4], Rollout(groups[0].task.id, 4, "", finish_reason="error", error="down"), Rollout(groups[0].task.id, 5, "")])
+    dead = Group(
+        groups[0].task,
+        [
+            *groups[0].rollouts[:4],
+            Rollout(groups[0].task.id, 4, "", finish_reason="error", error="down"),
+            Rollout(groups[0].task.id, 5, ""),
+        ],
+    )
     assert sorted(shown_order(dead, 0)) == [0, 1, 2, 3]
 
 
 def test_choices_are_parsed_strictly():
     from synthlab.methods.cat import _parse_choice
-    cases = {"3": 2, "Attempt 2.": 1, "The best is attempt 4": 3, "1 or 2": None, "9": None, "0": None, "none": None, "": None, "²": None, "2, yes 2": 1}
+    cases = {
+        "3": 2,
+        "Attempt 2.": 1,
+        "The best is attempt 4": 3,
+        "1 or 2": None,
+        "9": None,
+        "0": None,
+        "none": None,
+        "": None,
+        "²": None,
+        "2, yes 2": 1,
+    }
     assert {t: _parse_choice(t, 4) for t in cases} == cases
 
 
@@ -84,12 +102,22 @@ def test_rollouts_of_another_problem_tell_nothing():
 
 def test_a_failed_or_empty_rollout_never_wins():
     t = new_task("q", answer="1")
-    g = Group(t, [Rollout(t.id, 0, "", finish_reason="error", error="down"), Rollout(t.id, 1, "", (), ()), Rollout(t.id, 2, "\\boxed{1}", (5, 6), (-1., -2.))])
+    g = Group(
+        t,
+        [
+            Rollout(t.id, 0, "", finish_reason="error", error="down"),
+            Rollout(t.id, 1, "", (), ()),
+            Rollout(t.id, 2, "\\boxed{1}", (5, 6), (-1.0, -2.0)),
+        ],
+    )
     for name in ("majority", "min_ppl", "random", "copy_first", "copy_last", "synthesis"):
         ref = estimate([g], name, anchor=Stub(lambda r: "\\boxed{1}"), progress=False)[0]
         assert ref.answer == "1" or (name == "random" and ref.evidence["rollouts"] == [1]), name
     lone = Group(t, g.rollouts[:1])
-    assert all(estimate([lone], n, anchor=Stub(), progress=False)[0].answer is None for n in ("majority", "min_ppl", "random", "copy_last", "synthesis", "self_bon"))
+    assert all(
+        estimate([lone], n, anchor=Stub(), progress=False)[0].answer is None
+        for n in ("majority", "min_ppl", "random", "copy_last", "synthesis", "self_bon")
+    )
 
 
 def test_wrong_calls_are_explained():

@@ -20,9 +20,21 @@ from synthlab.lm.backends import Stub
 def written_out(steps): return " + ".join(map(str, steps)) + f" = {sum(steps)}. The answer is \\boxed{{{sum(steps)}}}."
 def make_group(tries, answer, errors=()):
     t = new_task(f"Add {tries}.", answer=str(answer))
-    return Group(t, [Rollout(t.id, i, "", finish_reason="error", error="Timeout: 5 s") if i in errors else Rollout(t.id, i, written_out(r), [1], [-.1 * i], usage=Usage(10, 20, 1)) for i, r in enumerate(tries)])
+    return Group(
+        t,
+        [
+            Rollout(t.id, i, "", finish_reason="error", error="Timeout: 5 s")
+            if i in errors
+            else Rollout(t.id, i, written_out(r), [1], [-0.1 * i], usage=Usage(10, 20, 1))
+            for i, r in enumerate(tries)
+        ],
+    )
 def lines(request): return [l for l in request.messages[-1]["content"].splitlines() if " + " in l]
-reader = Stub(lambda request: written_out([int(max(sorted(set(c)), key=c.count)) for c in zip(*(l.split(" = ")[0].split(" + ") for l in lines(request)))]))
+reader = Stub(
+    lambda request: written_out(
+        [int(max(sorted(set(c)), key=c.count)) for c in zip(*(l.split(" = ")[0].split(" + ") for l in lines(request)))]
+    )
+)
 copier = Stub(lambda r: lines(r)[-1], name="copier")
 easy = [make_group([[i, 1], [i, 1], [i, 2]], i + 1) for i in range(4)]
 hopeless = make_group([[7, 5, 9, 5], [7, 5, 8, 4], [7, 6, 9, 4]], 25)
@@ -30,7 +42,11 @@ hopeless = make_group([[7, 5, 9, 5], [7, 5, 8, 4], [7, 6, 9, 4]], 25)
 
 def test_columns_of_the_table_by_hand():
     row = compare([*easy, hopeless], ["synthesis", "majority"], reader, progress=False).table.set_index("estimator")
-    assert row.accuracy["(one rollout)"] == pytest.approx((4 * 2 / 3 + 0) / 5) and row.accuracy["majority"] == .8 and row.accuracy["synthesis"] == 1
+    assert (
+        row.accuracy["(one rollout)"] == pytest.approx((4 * 2 / 3 + 0) / 5)
+        and row.accuracy["majority"] == 0.8
+        and row.accuracy["synthesis"] == 1
+    )
     assert row.disagrees["synthesis"] == .2 and row.right_when_disagrees["synthesis"] == 1 and row.majority_right_then["synthesis"] == 0
     assert row.all_wrong["synthesis"] == 1 and row.right_when_all_wrong["synthesis"] == 1 and row.right_when_all_wrong["majority"] == 0
     assert row.vs_majority["synthesis"] == pytest.approx(.2) and row.vs_low["majority"] == row.vs_high["majority"] == 0
@@ -49,12 +65,20 @@ def test_a_missing_reference_is_wrong_and_an_unknown_verdict_is_left_out():
     no_gold = make_group([[1, 2]], 3)
     no_gold = Group(new_task("open question", answer=None), [Rollout(new_task("open question", answer=None).id, 0, "\\boxed{1}")])
     open_ended = compare([*easy, no_gold], ["majority"], progress=False)
-    assert open_ended.table.set_index("estimator").n["majority"] == 4 and open_ended.accounting["unknown"] == 1 and open_ended.accounting.total == 13
+    assert (
+        open_ended.table.set_index("estimator").n["majority"] == 4
+        and open_ended.accounting["unknown"] == 1
+        and open_ended.accounting.total == 13
+    )
 
 
 def test_failed_calls_are_neither_right_nor_wrong():
     c = compare([make_group([[1, 1], [1, 2]], 2, errors=(1,)), *easy], ["majority"], progress=False)
-    assert c.accounting["failed"] == 1 and c.accounting.counts["failed"] == {"Timeout": 1} and c.table.accuracy[0] == pytest.approx((1 + 4 * 2 / 3) / 5)
+    assert (
+        c.accounting["failed"] == 1
+        and c.accounting.counts["failed"] == {"Timeout": 1}
+        and c.table.accuracy[0] == pytest.approx((1 + 4 * 2 / 3) / 5)
+    )
 
 
 def test_tokens_are_counted_by_role():

@@ -47,7 +47,8 @@ def test_the_folder_loads_with_datasets_and_repeats_byte_for_byte():
 def test_nothing_to_export_is_an_error():
     import pytest
     from dataclasses import replace
-    with pytest.raises(BadInput, match="nothing to export: 3 rows: 3 filtered"): write_dataset(tempfile.mkdtemp(), groups, [replace(r, answer=None) for r in refs])
+    with pytest.raises(BadInput, match="nothing to export: 3 rows: 3 filtered"):
+        write_dataset(tempfile.mkdtemp(), groups, [replace(r, answer=None) for r in refs])
     with pytest.raises(BadInput, match="unknown format"): to_table(groups, refs, "dpo")
     with pytest.raises(BadInput, match="needs rewards"): to_table(groups, refs, "rollouts")
     with pytest.raises(BadInput, match="same tasks"): to_table(groups, refs[::-1])

@@ -47,15 +47,28 @@ def test_a_second_run_asks_no_model_and_writes_the_same_bytes():
     try: run_cat(one, s)
     finally: OPENERS["stub"] = real
     run_cat(two, s)
-    assert files(one) == before == files(two) and {"dataset/README.md", "dataset/train.parquet", "report.html", "rollouts.parquet", "estimators.parquet", "run.json"} <= set(before)
+    assert files(one) == before == files(two) and {
+        "dataset/README.md",
+        "dataset/train.parquet",
+        "report.html",
+        "rollouts.parquet",
+        "estimators.parquet",
+        "run.json",
+    } <= set(before)
 
 
 def test_exit_codes_and_messages():
     import tempfile
     d = tempfile.mkdtemp()
-    for argv, code, words in [(("cat", "--model", "gtp", "--out", d + "/a"), 2, "unknown model spec"), (("cat", "--tasks", "nope.jsonl", "--model", "stub", "--out", d + "/b"), 2, "neither a file"),
-                              (("cat", "--n", "x"), 2, "--n"), (("cat", "--estimators", "best", "--model", "stub", "--n", "2", "--out", d + "/c"), 2, "unknown estimator"),
-                              (("score", d + "/none"), 2, "no run here"), (("frobnicate",), 2, "frobnicate"), (("cat", "--n", "0", "--model", "stub", "--out", d + "/e"), 2, "at least one task")]:
+    for argv, code, words in [
+        (("cat", "--model", "gtp", "--out", d + "/a"), 2, "unknown model spec"),
+        (("cat", "--tasks", "nope.jsonl", "--model", "stub", "--out", d + "/b"), 2, "neither a file"),
+        (("cat", "--n", "x"), 2, "--n"),
+        (("cat", "--estimators", "best", "--model", "stub", "--n", "2", "--out", d + "/c"), 2, "unknown estimator"),
+        (("score", d + "/none"), 2, "no run here"),
+        (("frobnicate",), 2, "frobnicate"),
+        (("cat", "--n", "0", "--model", "stub", "--out", d + "/e"), 2, "at least one task"),
+    ]:
         got, _, err = run_main(*argv)
         assert got == code and words in err and "Traceback" not in err, (argv, got, err)
 
