@@ -17,7 +17,9 @@ from typing import Any
 from ..core import BadInput, SynthlabError, Verdict
 
 # %% ../../nbs/30_verify.ipynb #3a1161e9
-_NAMES = frozenset("sin cos tan cot sec csc arcsin arccos arctan log ln lg exp sqrt pi mod gcd lcm max min det inf infty infinity and or in of".split())
+_NAMES = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan log ln lg exp sqrt pi mod gcd lcm max min det inf infty infinity and or in of".split()
+)
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _last_number = re.compile(rf"(?<![A-Za-z_\d.])((?:(?<![\w)\]}}])[-−])?(?:{_NUMBER})(?:/\d+(?![\d/]))?(?:\\?%)?)")
 _marker = re.compile(r"(?:^|\n)\s*\**A\s*:|\banswers?\b\**\s*(?:is|are|:|=)|####|\\boxed\s*\{|</?answer>|\\fbox\s*\{", re.I)
@@ -31,7 +33,8 @@ def _is_answer(s: str) -> bool:
     if re.fullmatch(r"\\text\{[^{}\\$\n]*\w[^{}\\$\n]*\}", s): return True
     if not s or len(s) > 10_000 or "\n" in s or "$" in s or s[-1] in ".,;:?*" or s[0] in "*:=" or _marker.search(s): return False
     if not any(c.isdigit() for c in s) and len(words := s.split()) <= 2 and all(w.isalpha() for w in words): return True
-    if _odd.search(s): return False
+    if _odd.search(s) or ("=" in s and not re.search(r"[A-Za-z\\]", s)):
+        return False  # `15 - 4 = 11` is a calculation; its result is the answer
     rest = _group.sub(" \\\\ ", s)
     prose = [w for w in _word.finditer(rest) if w[0].lower() not in _NAMES and (len(w[0]) > 3 or _touches_text(rest, w))]
     return not prose and any(c.isalnum() or c in "∞∅\\" for c in s)
@@ -163,7 +166,9 @@ def _loads(s: str):
     except (ValueError, ArithmeticError, RecursionError): return None
 
 # %% ../../nbs/30_verify.ipynb #301a4cf1
-_plain = re.compile(rf"^\s*([-+−]?)\s*(?:\\?\$|[€£¥₹])?\s*([-−]?)((?:{_NUMBER})(?:[eE][-+]?\d{{1,3}})?)\s*\.?\s*((?:\\?%)|)\s*(?:[A-Za-z]{{2,}}\.?|\\text\s*\{{[A-Za-z ]*\}})?\s*$")
+_plain = re.compile(
+    rf"^\s*([-+−]?)\s*(?:\\?\$|[€£¥₹])?\s*([-−]?)((?:{_NUMBER})(?:[eE][-+]?\d{{1,3}})?)\s*\.?\s*((?:\\?%)|)\s*(?:[A-Za-z]{{2,}}\.?|\\text\s*\{{[A-Za-z ]*\}})?\s*$"
+)
 
 def _plain_number(s: str) -> tuple[Fraction, bool] | None:
     "Read a plainly spelt number of at most 50 characters as (exact value, has a per cent sign)."
@@ -190,9 +195,13 @@ def _quick_same(answer: str, gold: str, context) -> Verdict:
 def _quick_numeric(answer: str, gold: str, context) -> Verdict:
     "Compare numbers within tolerance: |a - g| <= atol + rtol |g|."
     a, g = _float(answer), _float(gold)
-    if g is None or a is None or g != g: return Verdict(None, "the gold answer is not a number" if g is None or g != g else "the answer is not a number")
+    if g is None or a is None or g != g:
+        return Verdict(None, "the gold answer is not a number" if g is None or g != g else "the answer is not a number")
     rtol, atol = float((context or {}).get("rtol", 1e-6)), float((context or {}).get("atol", 1e-9))
-    return Verdict(a == g or abs(a - g) <= atol + rtol * abs(g), f"within rtol={rtol:g}, atol={atol:g}" if abs(a - g) <= atol + rtol * abs(g) else "")
+    return Verdict(
+        a == g or abs(a - g) <= atol + rtol * abs(g),
+        f"within rtol={rtol:g}, atol={atol:g}" if abs(a - g) <= atol + rtol * abs(g) else "",
+    )
 
 def _quick_choice(answer: str, gold: str, context) -> Verdict: return Verdict(answer == gold, "letter")
 
@@ -233,16 +242,27 @@ def _raise_parse_error(s: str):
 def _words(s: str) -> str | None:
     "The words of an answer that is words only, such as \\text{even}, (E) or `no solution`; None for mathematics."
     bare = re.sub(r"\\(?:text|mathrm|textbf|mbox|textit)\s*\{([^{}]*)\}", r"\1", s).strip().strip("().").strip()
-    return " ".join(bare.casefold().split()) if re.fullmatch(r"[^\W\d_][^\W\d_]+(?:[\s'-]+[^\W\d_]+)*|[^\W\d_]", bare) and not re.search(r"[½¼¾²³⁴]", bare) else None
+    return (
+        " ".join(bare.casefold().split())
+        if re.fullmatch(r"[^\W\d_][^\W\d_]+(?:[\s'-]+[^\W\d_]+)*|[^\W\d_]", bare) and not re.search(r"[½¼¾²³⁴]", bare)
+        else None
+    )
 
 # %% ../../nbs/30_verify.ipynb #7365363e
-_short_frac = re.compile(r"\\[dtc]?frac\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])")
+_short_frac = re.compile(
+    r"\\[dtc]?frac\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])"
+)
 
 # %% ../../nbs/30_verify.ipynb #bd8fb538
 def _compact(s: str) -> str:
     "Normal form of LaTeX: spelling variants that never change the meaning are removed."
     s = re.sub(r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)(?![A-Za-z])|\\ |~", "", s)
-    s = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", _short_frac.sub(r"\\frac{\1}{\2}", s)).replace("−", "-").replace("\\cdot", "*").replace("\\times", "*")
+    s = (
+        re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", _short_frac.sub(r"\\frac{\1}{\2}", s))
+        .replace("−", "-")
+        .replace("\\cdot", "*")
+        .replace("\\times", "*")
+    )
     return re.sub(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])", "", s.strip().rstrip(".").replace("{,}", ","))
 
 # %% ../../nbs/30_verify.ipynb #84c10f9e
@@ -378,13 +398,36 @@ def serve(memory_mb: int, timeout: float) -> None:
                 reply(*_judge(check, *pair))
 
 # %% ../../nbs/30_verify.ipynb #1edaee6d
-_FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.kill", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.chmod",
-              "os.link", "os.symlink", "subprocess.Popen", "socket.connect", "socket.bind", "shutil.rmtree", "signal.pthread_kill")
+_FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.forkpty",
+    "os.kill",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.truncate",
+    "os.chmod",
+    "os.link",
+    "os.symlink",
+    "subprocess.Popen",
+    "socket.connect",
+    "socket.bind",
+    "shutil.rmtree",
+    "signal.pthread_kill",
+)
 
 def _guard(event: str, args: tuple) -> None:
     "Audit hook of a worker: refuse to start programs, open connections and change files."
     if event in _FORBIDDEN: raise PermissionError(f"not allowed in a checking process: {event}")
-    if event == "open" and args[0] != os.devnull and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+    if (
+        event == "open"
+        and args[0] != os.devnull
+        and isinstance(args[2], int)
+        and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    ):
         raise PermissionError(f"not allowed in a checking process: writing {args[0]}")
 
 # %% ../../nbs/30_verify.ipynb #ae34d87c
@@ -506,11 +549,13 @@ def _prepare(row: int, pair: Sequence, kind: Kind) -> Verdict | _Job:
     if isinstance(pair, str) or len(pair) not in (2, 3): raise BadInput(f"pair {row}: expected (answer, gold) or (answer, gold, context)")
     answer, gold, context = (*pair, None)[:3]
     for name, text in (("answer", answer), ("gold answer", gold)):
-        if text is not None and not isinstance(text, str): raise BadInput(f"pair {row}: the {name} must be text or None, got {type(text).__name__}")
+        if text is not None and not isinstance(text, str):
+            raise BadInput(f"pair {row}: the {name} must be text or None, got {type(text).__name__}")
     gold = gold or ""
     if not gold.strip() and not (context and kind.gold_in_context): return Verdict(None, "no gold answer")
     for name, text in (("answer", answer or ""), ("gold answer", gold)):
-        if len(text) > MAX_CHARACTERS: return Verdict(None, "too long", f"the {name} has {len(text)} characters, the limit is {MAX_CHARACTERS}")
+        if len(text) > MAX_CHARACTERS:
+            return Verdict(None, "too long", f"the {name} has {len(text)} characters, the limit is {MAX_CHARACTERS}")
     found = None if answer is None else kind.extract(answer)
     if found is None: return Verdict(False, "no answer")
     wanted = (kind.gold or kind.extract)(gold) or gold.strip()
@@ -526,7 +571,8 @@ class VerifierPool:
         timeout: float = 5.0,  # seconds of wall-clock time for one pair, after which its verdict is unknown
         memory_mb: int = 2048,  # address space of a worker
     ):
-        if workers < 1 or timeout <= 0 or memory_mb < 256: raise BadInput(f"a pool needs workers >= 1, timeout > 0 and memory_mb >= 256, got {workers}, {timeout}, {memory_mb}")
+        if workers < 1 or timeout <= 0 or memory_mb < 256:
+            raise BadInput(f"a pool needs workers >= 1, timeout > 0 and memory_mb >= 256, got {workers}, {timeout}, {memory_mb}")
         self.workers, self.timeout, self.memory_mb, self.closed = workers, float(timeout), memory_mb, False
         self._reset()
 

@@ -147,4 +147,6 @@ def token_html(
     text = "".join(tokens)
     if mask_secrets(text) != text: body = escape(text)
     else: body = "".join(f'<span title="{v:.3f}" style="background:{_shade(v)}">{escape(t)}</span>' for t, v in zip(tokens, values))
-    return (token_legend() if legend else "") + f'<pre class="sl-text" dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere">{body}</pre>'
+    return (
+        token_legend() if legend else ""
+    ) + f'<pre class="sl-text" dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere">{body}</pre>'

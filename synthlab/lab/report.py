@@ -21,7 +21,11 @@ def _cell(value: Any) -> str:
     "One cell of a table: numbers aligned, missing values a dash, everything else escaped."
     if value is None or (not isinstance(value, (str, list, tuple, dict)) and isna(value)): return '<td class="num">–</td>'
     if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real): return f"<td>{escape(value)}</td>"
-    return f'<td class="num">{value}</td>' if isinstance(value, numbers.Integral) else f'<td class="num">{float(value):.3f}</td>'.replace("-", "−")
+    return (
+        f'<td class="num">{value}</td>'
+        if isinstance(value, numbers.Integral)
+        else f'<td class="num">{float(value):.3f}</td>'.replace("-", "−")
+    )
 
 def table_html(table: DataFrame) -> str:
     "A data frame as an HTML table; an index that is only a row number is left out."
@@ -43,10 +47,15 @@ def accounting_html(accounting: Accounting) -> str:
     "What became of every row: status, reason, count and share, with a total that adds up."
     total = accounting.total
     rows = [(s, reason or "", n) for s in STATUSES for reason, n in sorted(accounting.counts.get(s, {}).items())]
-    body = "".join(f'<tr><td>{s}</td><td>{escape(r)}</td><td class="num">{n}</td><td class="num">{n / total:.1%}</td></tr>' for s, r, n in rows)
-    return ('<div class="wide" tabindex="0" role="region" aria-label="Row accounting"><table><thead><tr><th scope="col">status</th><th scope="col">reason</th>'
-            f'<th scope="col">rows</th><th scope="col">share</th></tr></thead><tbody>{body}</tbody>'
-            f'<tfoot><tr><td>total</td><td></td><td class="num">{total}</td><td></td></tr></tfoot></table></div>')
+    body = "".join(
+        f'<tr><td>{s}</td><td>{escape(r)}</td><td class="num">{n}</td><td class="num">{n / total:.1%}</td></tr>'
+        for s, r, n in rows
+    )
+    return (
+        '<div class="wide" tabindex="0" role="region" aria-label="Row accounting"><table><thead><tr><th scope="col">status</th><th scope="col">reason</th>'
+        f'<th scope="col">rows</th><th scope="col">share</th></tr></thead><tbody>{body}</tbody>'
+        f'<tfoot><tr><td>total</td><td></td><td class="num">{total}</td><td></td></tr></tfoot></table></div>'
+    )
 
 # %% ../../nbs/82_report.ipynb #708788fc
 def spread(n: int, k: int) -> list[int]:
@@ -93,9 +102,11 @@ body.sl { margin: 0; padding: 0; font-size: 15px; line-height: 1.6; }
 
 def page_html(title: str, body: str) -> str:
     "A complete HTML page that may neither run scripts nor load anything."
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
-            f'<title>{escape(title)}</title><style>{CSS}{_PAGE_CSS}</style></head><body class="sl"><main><h1>{escape(title)}</h1>{body}</main></body></html>\n')
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f'<title>{escape(title)}</title><style>{CSS}{_PAGE_CSS}</style></head><body class="sl"><main><h1>{escape(title)}</h1>{body}</main></body></html>\n'
+    )
 
 # %% ../../nbs/82_report.ipynb #50c509a4
 def _section(heading: str, content: str) -> str: return f"<h2>{heading}</h2>{content}" if content else ""
@@ -125,9 +136,15 @@ def render_report(
     cases = make_cases(groups, references, answers, verdicts, reference_verdicts)
     what = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in summary.items())
     images = "".join(figure_html(*f) for f in figures)
-    return page_html(title, _section("What ran", f"<dl>{what}</dl>") + _section("Notes", _list(notes)) + _section("Estimators", table_html(table))
-                     + _section("Figures", images and f'<div class="figures">{images}</div>') + _section("Every row", accounting_html(accounting))
-                     + _section("Rollouts", groups_html(cases, n_groups)))
+    return page_html(
+        title,
+        _section("What ran", f"<dl>{what}</dl>")
+        + _section("Notes", _list(notes))
+        + _section("Estimators", table_html(table))
+        + _section("Figures", images and f'<div class="figures">{images}</div>')
+        + _section("Every row", accounting_html(accounting))
+        + _section("Rollouts", groups_html(cases, n_groups)),
+    )
 
 def write_report(path: str | Path, title: str, **parts: Any) -> Path:
     "Render a report (see `render_report`) and write it; the file appears whole or not at all."

@@ -181,7 +181,8 @@ def step(
     if action == "shade": return replace(view, shaded=not view.shaded)
     if action == "layout": return replace(view, layout=_one_of(value, ("side", "list"), "the layout"))
     if action == "go":
-        if not value.isdecimal() or int(value) >= len(cat.cases): raise BadInput(f"there is no case {value!r}: positions are 0 to {len(cat.cases) - 1}")
+        if not value.isdecimal() or int(value) >= len(cat.cases):
+            raise BadInput(f"there is no case {value!r}: positions are 0 to {len(cat.cases) - 1}")
         return replace(view, at=int(value))
     if action == "show": view = replace(view, show=_one_of(value, tuple(FILTERS), "the filter"))
     elif action == "search": view = replace(view, query=value)
@@ -250,8 +251,10 @@ def rollout_html(case: Case, i: int, tokenizer: Any = None, shaded: bool = False
     answer = _answer(case.answers[i]) if case.answers is not None else ""
     body = f'<p class="sl-error">{escape(r.error)}</p>' if r.finish_reason == "error" else rollout_text(r, tokenizer, shaded)
     mark = '<span class="sl-used" title="the reference was made from this rollout">in reference</span>' if used else ""
-    return (f'<article class="sl-card sl-is-{state}" aria-label="Rollout {r.index}"><header><b>#{r.index}</b>{answer}{verdict_html(verdict)}{mark}</header>'
-            f'<p class="sl-facts">{_facts(r)}</p>{body}</article>')
+    return (
+        f'<article class="sl-card sl-is-{state}" aria-label="Rollout {r.index}"><header><b>#{r.index}</b>{answer}{verdict_html(verdict)}{mark}</header>'
+        f'<p class="sl-facts">{_facts(r)}</p>{body}</article>'
+    )
 
 # %% ../../nbs/81_widgets.ipynb #dd83c417
 def evidence_rollouts(ref: Reference) -> list[int]:
@@ -265,7 +268,11 @@ def reference_html(case: Case, name: str, ref: Reference, verdict: Verdict | Non
     made = f"made from rollouts {', '.join(f'#{i}' for i in used)}" if used else "does not say which rollouts it came from"
     differs = '<span class="sl-departs">differs from the majority</span>' if departs(case, ref, verdict) else ""
     rest = {k: v for k, v in ref.evidence.items() if k != "rollouts"}
-    more = f'<details><summary>evidence</summary><pre class="sl-text">{escape(json.dumps(rest, indent=1, default=str, ensure_ascii=False))}</pre></details>' if rest else ""
+    more = (
+        f'<details><summary>evidence</summary><pre class="sl-text">{escape(json.dumps(rest, indent=1, default=str, ensure_ascii=False))}</pre></details>'
+        if rest
+        else ""
+    )
     return (f'<article class="sl-card sl-ref" aria-label="Reference by {escape(name)}"><header><b>{escape(name)}</b>{_answer(ref.answer)}'
             f'{verdict_html(verdict)}{differs}</header><p class="sl-facts">{made}</p>{_text(ref.text)}{more}</article>')
 
@@ -360,8 +367,10 @@ def static_html(body: str) -> str:
 def _button(action: str, value: str, label: str, pressed: bool | None = None, off: bool = False, hint: str = "") -> str:
     "One button; `pressed` makes it a toggle. It stays focusable when it is off, so that the focus is not lost at the end of a list."
     state = "" if pressed is None else f' aria-pressed="{str(pressed).lower()}"'
-    return (f'<button type="button" data-act="{action}" data-value="{value}" data-key="{action}-{value}"{state}{" aria-disabled=true" if off else ""}'
-            f' title="{escape(hint)}">{escape(label)}</button>')
+    return (
+        f'<button type="button" data-act="{action}" data-value="{value}" data-key="{action}-{value}"{state}{" aria-disabled=true" if off else ""}'
+        f' title="{escape(hint)}">{escape(label)}</button>'
+    )
 
 def options_html(cat: Catalogue, view: View) -> str:
     "The entries of the list of tasks: number, signs of the verdicts, start of the prompt."
@@ -372,18 +381,24 @@ def controls_html(cat: Catalogue, view: View) -> str:
     "The control bar: move, choose, search, filter, layout, shading."
     some = shown(cat, view)
     counts = Counter(t for ts in cat.tags for t in ts)
-    filters = "".join(_button("show", k, f"{w} {counts[k]}", view.show == k, counts[k] == 0) for k, w in FILTERS.items() if counts[k] or k in ("all", view.show))
+    filters = "".join(
+        _button("show", k, f"{w} {counts[k]}", view.show == k, counts[k] == 0)
+        for k, w in FILTERS.items()
+        if counts[k] or k in ("all", view.show)
+    )
     layouts = _button("layout", "side", "Side by side", view.layout == "side") + _button("layout", "list", "List", view.layout == "list")
     place = f"{some.index(view.at) + 1} of {len(some)}" if view.at in some else f"{len(some)} found"
-    return (f'<div class="sl-bar" role="toolbar" aria-label="Choose a task">'
-            f'{_button("previous", "", "‹ Previous", off=not any(i < view.at for i in some), hint="Left arrow key")}'
-            f'{_button("next", "", "Next ›", off=not any(i > view.at for i in some), hint="Right arrow key")}'
-            f'<span class="sl-status" role="status" aria-live="polite">{place}</span>'
-            f'<select data-act="go" data-key="go" data-at="{view.at}" aria-label="Task"></select>'
-            f'<input type="search" data-act="search" data-key="search" value="{escape(view.query)}" placeholder="Search prompts" aria-label="Search prompts"></div>'
-            f'<div class="sl-bar"><span class="sl-group" role="group" aria-label="Filter">{filters}</span>'
-            f'<span class="sl-group sl-right-end" role="group" aria-label="Display">{layouts}'
-            f'{_button("shade", "", "Token log-probs", view.shaded, hint="Shade tokens by log-probability")}</span></div>')
+    return (
+        f'<div class="sl-bar" role="toolbar" aria-label="Choose a task">'
+        f"{_button('previous', '', '‹ Previous', off=not any(i < view.at for i in some), hint='Left arrow key')}"
+        f"{_button('next', '', 'Next ›', off=not any(i > view.at for i in some), hint='Right arrow key')}"
+        f'<span class="sl-status" role="status" aria-live="polite">{place}</span>'
+        f'<select data-act="go" data-key="go" data-at="{view.at}" aria-label="Task"></select>'
+        f'<input type="search" data-act="search" data-key="search" value="{escape(view.query)}" placeholder="Search prompts" aria-label="Search prompts"></div>'
+        f'<div class="sl-bar"><span class="sl-group" role="group" aria-label="Filter">{filters}</span>'
+        f'<span class="sl-group sl-right-end" role="group" aria-label="Display">{layouts}'
+        f"{_button('shade', '', 'Token log-probs', view.shaded, hint='Shade tokens by log-probability')}</span></div>"
+    )
 
 def page_html(cat: Catalogue, view: View, tokenizer: Any = None) -> str:
     "The whole explorer for one view: controls and the case it is at."
@@ -510,7 +525,8 @@ class RolloutExplorer(Live):
         "Extract and judge all answers first (see `check_groups`), then explore."
         return cls(groups, references, tokenizer, *check_groups(groups, references, pool))
 
-    def pages(self): return {"options": options_html(self.catalogue, self.view), "page": page_html(self.catalogue, self.view, self.tokenizer)}
+    def pages(self):
+        return {"options": options_html(self.catalogue, self.view), "page": page_html(self.catalogue, self.view, self.tokenizer)}
     def step(self, action, value): self.view = step(self.catalogue, self.view, action, value)
     def still(self): return self.html(self.view.at, self.view.shaded, self.view.layout)
     def __repr__(self): return f"RolloutExplorer({len(self.catalogue.cases)} tasks)"
@@ -518,5 +534,8 @@ class RolloutExplorer(Live):
     def html(self, task: str | int = 0, shaded: bool = False, layout: str = "side") -> str:
         "Render one task, by id or position, as static HTML. Raises `BadInput` when there is no such task."
         ids = [c.group.task.id for c in self.catalogue.cases]
-        if task not in (ids if isinstance(task, str) else range(len(ids))): raise BadInput(f"there is no task {task!r}; positions are 0 to {len(ids) - 1}")
-        return static_html(case_html(self.catalogue.cases[ids.index(task) if isinstance(task, str) else task], self.tokenizer, shaded, layout))
+        if task not in (ids if isinstance(task, str) else range(len(ids))):
+            raise BadInput(f"there is no task {task!r}; positions are 0 to {len(ids) - 1}")
+        return static_html(
+            case_html(self.catalogue.cases[ids.index(task) if isinstance(task, str) else task], self.tokenizer, shaded, layout)
+        )

@@ -124,13 +124,13 @@ class LocalLM(TextModel):
             else: by_sampling.setdefault(r.sampling, []).append(i)
         run = _jax_samples if self.engine == "jax" else _torch_samples
         for sampling, where in by_sampling.items():
-            for k, sample in run(self, [prompts[i] for i in where], [requests[i].seed for i in where], sampling, concurrency):
-                yield where[k], self._completion(sample, sampling, len(prompts[where[k]]))
+            for k, drawn in run(self, [prompts[i] for i in where], [requests[i].seed for i in where], sampling, concurrency):
+                yield where[k], self._completion(drawn, sampling, len(prompts[where[k]]))
 
-    def _completion(self, sample, sampling: Sampling, n_prompt: int) -> Completion:
-        ids, logprobs = [int(t) for t in sample.token_ids], [float(x) for x in sample.logprobs]
+    def _completion(self, drawn: Sample, sampling: Sampling, n_prompt: int) -> Completion:
+        ids, logprobs = [int(t) for t in drawn.token_ids], [float(x) for x in drawn.logprobs]
         text, n, stopped = _cut(self.decode, ids, sampling.stop)
-        return Completion(text, ids[:n], logprobs[:n], "stop" if stopped else sample.finish_reason, Usage(n_prompt, len(ids), 1))
+        return Completion(text, ids[:n], logprobs[:n], "stop" if stopped else drawn.finish_reason, Usage(n_prompt, len(ids), 1))
 
     def logprobs(self, pairs: Sequence[tuple[Sequence[Message], str]]) -> list[np.ndarray]:
         "Natural-log probability of each token of each reply, given its messages."

@@ -79,7 +79,10 @@ class Fault:
 # %% ../../nbs/15_remote.ipynb #a30015d9
 _WHOLE = {401: "the key is not accepted", 402: "the account has no credit", 403: "the key may not use this",
           404: "the server does not know this model or path", 405: "the base URL is not that of a chat API"}
-_BLOCKED = re.compile(r"insufficient_quota|credit balance|(model|pinned).*(not found|not exist|unknown|invalid|requested)|(unknown|invalid|no such) model", re.I)
+_BLOCKED = re.compile(
+    r"insufficient_quota|credit balance|(model|pinned).*(not found|not exist|unknown|invalid|requested)|(unknown|invalid|no such) model",
+    re.I,
+)
 
 # %% ../../nbs/15_remote.ipynb #98b7bbac
 def read_fault(
@@ -145,7 +148,11 @@ def finish_reason(
     if said not in _FINISH:
         raise BadReply(f"finish_reason {said!r} is not one of {', '.join(_FINISH)}: cannot tell a whole answer from a cut one", again=False)
     if not text and not (sampling.stop and _FINISH[said] == "stop"):
-        why = f"all {sampling.max_tokens} tokens went into hidden reasoning? raise max_tokens" if _FINISH[said] == "length" else "the server sent no text"
+        why = (
+            f"all {sampling.max_tokens} tokens went into hidden reasoning? raise max_tokens"
+            if _FINISH[said] == "length"
+            else "the server sent no text"
+        )
         raise BadReply(f"the reply is empty with finish_reason {said!r}: {why}", again=False)
     return _FINISH[said]
 
@@ -188,7 +195,8 @@ class _Endpoint:
     def __init__(self, model: str, base_url: str, api_key_env: str, concurrency: int, timeout: float, max_retries: int, max_wait: float,
                  extra_body: dict | None):
         if not model: raise BadInput("a remote model needs a model name, e.g. openai:gpt-5 or openai:my-model@http://localhost:8000/v1")
-        if concurrency < 1 or timeout <= 0 or max_retries < 0: raise BadInput("concurrency >= 1, timeout > 0 and max_retries >= 0 are needed")
+        if concurrency < 1 or timeout <= 0 or max_retries < 0:
+            raise BadInput("concurrency >= 1, timeout > 0 and max_retries >= 0 are needed")
         self.name, self.base_url, self.api_key_env = model, check_url(base_url), api_key_env
         self.concurrency, self.timeout, self.max_retries, self.max_wait = concurrency, timeout, max_retries, max_wait
         self.extra_body = dict(extra_body or {})
@@ -205,7 +213,7 @@ class _Endpoint:
         "Read the key from the environment, each time it is needed, so that it is stored nowhere."
         if key := os.environ.get(self.api_key_env, "").strip(): return key
         if is_local(self.base_url): return "none"
-        raise BadInput(f"{self.name}: no key for {self.base_url}; set the environment variable {self.api_key_env}, or name another one in api_key_env")
+        raise BadInput(f"{self.name}: no key for {self.base_url}; set {self.api_key_env} in the environment, or pass api_key_env=")
 
     def complete(self, requests, concurrency=None):
         "Ask for every request; yield `(position, completion)` as they finish. Raises `LMError` for a fault that every request would meet."
@@ -228,9 +236,10 @@ class _Endpoint:
 # %% ../../nbs/15_remote.ipynb #637d4b23
 def check_url(base_url: str) -> str:  # without a trailing slash
     "Check a base URL. Raises `BadInput` when it is malformed or carries a secret."
-    try: url, port = urlsplit(base_url), urlsplit(base_url).port
+    try: url, _port = urlsplit(base_url), urlsplit(base_url).port
     except ValueError as e: raise BadInput(f"malformed base URL {base_url!r}: {e}") from None
-    if url.username or url.password or url.query: raise BadInput("the base URL carries a user, password or query; put the key in an environment variable")
+    if url.username or url.password or url.query:
+        raise BadInput("the base URL carries a user, password or query; put the key in an environment variable")
     if url.scheme not in ("http", "https") or not url.hostname or re.search(r"\s", base_url):
         raise BadInput(f"malformed base URL {base_url!r}: expected something like https://host/v1 or http://localhost:8000/v1")
     return base_url.rstrip("/")
@@ -280,13 +289,21 @@ async def _pause(lm: _Endpoint, tries: int, asked: float | None) -> None:
 # %% ../../nbs/15_remote.ipynb #dc728210
 def _whole_fault(lm: _Endpoint, why: str, fault: Fault) -> LMError:
     "Word an error that every request would meet, with what to do."
-    do = {0: f"is a server running at {lm.base_url}?", 401: f"check the environment variable {lm.api_key_env}", 402: "top up the account",
-          403: f"check what the key in {lm.api_key_env} may use", 404: "check the model name and that the base URL ends in /v1 or what the server documents"}
+    do = {
+        0: f"is a server running at {lm.base_url}?",
+        401: f"check the environment variable {lm.api_key_env}",
+        402: "top up the account",
+        403: f"check what the key in {lm.api_key_env} may use",
+        404: "check the model name and that the base URL ends in /v1 or what the server documents",
+    }
     return LMError(f"{lm.name} at {lm.base_url}: {why}. What to do: {do.get(fault.status or 0, 'check the account and the base URL')}")
 
 # %% ../../nbs/15_remote.ipynb #ad5a58e9
 _OPTIONAL = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs", "top_logprobs", "n")
-_REFUSED = re.compile(r"unsupported|not supported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs|deprecated|only the default", re.I)
+_REFUSED = re.compile(
+    r"unsupported|not supported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs|deprecated|only the default",
+    re.I,
+)
 
 # %% ../../nbs/15_remote.ipynb #fdb09930
 def refused_parameter(
@@ -324,7 +341,9 @@ class OpenAIChat(_Endpoint):
         super().__init__(model, url, api_key_env, concurrency, timeout, max_retries, max_wait, extra_body)
         self.logprobs, self.n_per_call, self.fan_out = logprobs, n_per_call, fan_out
 
-    def _open(self): return require("openai", "api").AsyncOpenAI(api_key=self._key(), base_url=self.base_url, timeout=self.timeout, max_retries=0)
+    def _open(self):
+        return require("openai", "api").AsyncOpenAI(api_key=self._key(), base_url=self.base_url, timeout=self.timeout, max_retries=0)
+
     async def _send(self, client, args): return await client.chat.completions.create(**args)
     def _args(self, req, n): return _openai_args(self, req, n)
     def _read(self, sent, req, n): return _openai_read(self, sent, req, n)
@@ -334,12 +353,11 @@ class OpenAIChat(_Endpoint):
         whole = len(job) if self.capabilities.get("n") not in ("ignored", "rejected") else 1
         got = await _call(self, client, job[0][1], whole)
         if self.fan_out: got += [c for _, r in job[len(got):] for c in await _call(self, client, r, 1)]
-        none = Completion("", finish_reason="error", error=f"the server ignores n: {len(got)} choices for n={len(job)}; use fan_out=True or n_per_call=1")
+        why = f"the server ignores n: {len(got)} choices for n={len(job)}; use fan_out=True or n_per_call=1"
+        none = Completion("", finish_reason="error", error=why)
         return [(i, got[k] if k < len(got) else none) for k, (i, _) in enumerate(job)]
 
-    def probe(self):
-        "Ask the server a few short questions and tabulate which parameters it honours."
-        return probe(self)
+    def probe(self): return probe(self)
 
 # %% ../../nbs/15_remote.ipynb #832de81a
 def group_jobs(requests: Sequence[Request], n_per_call: int) -> list[list[tuple[int, Request]]]:
@@ -372,7 +390,11 @@ def _openai_adapt(lm: _Endpoint, fault: Fault, args: dict) -> bool:
         return True
     if "logprobs" in name and getattr(lm, "logprobs", "") == "require": raise _no_logprobs(lm, fault.reason)
     quiet = name in ("logprobs", "top_logprobs", "stop", "n")  # put right by the client, or visible in the result
-    lm._note(name, "rejected", "" if quiet else f"the server refuses {name!r}, so it is not sent and its own default holds ({fault.reason})")
+    lm._note(
+        name,
+        "rejected",
+        "" if quiet else f"the server refuses {name!r}, so it is not sent and its own default holds ({fault.reason})",
+    )
     return True
 
 # %% ../../nbs/15_remote.ipynb #39218751
@@ -423,7 +445,8 @@ def _read_choice(lm: OpenAIChat, choice: Any, sampling: Sampling, spent: Usage, 
         reason = "stop" if text != whole else finish_reason(getattr(choice, "finish_reason", None), text, sampling)
     except BadReply as e: return Completion("", finish_reason="error", usage=spent, error=str(e))
     if text != whole:
-        if lm.capabilities.get("stop") != "rejected": lm._note("stop", "left in" if whole in [text + s for s in sampling.stop] else "ignored")
+        if lm.capabilities.get("stop") != "rejected":
+            lm._note("stop", "left in" if whole in [text + s for s in sampling.stop] else "ignored")
         logprobs, ids = (None, None) if kept is None else (logprobs and logprobs[:kept], ids and ids[:kept])
     return Completion(text, ids, logprobs, reason, spent)
 
@@ -463,7 +486,10 @@ class AnthropicChat(_Endpoint):
         super().__init__(model, url, api_key_env, concurrency, timeout, max_retries, max_wait, extra_body)
         self.capabilities |= {"seed": "absent", "logprobs": "absent", "n": "absent"}
 
-    def _open(self): return require("anthropic", "api").AsyncAnthropic(api_key=self._key(), base_url=self.base_url, timeout=self.timeout, max_retries=0)
+    def _open(self):
+        return require("anthropic", "api").AsyncAnthropic(
+            api_key=self._key(), base_url=self.base_url, timeout=self.timeout, max_retries=0
+        )
     async def _send(self, client, args): return await client.messages.create(**args)
     def _args(self, req, n): return _anthropic_args(self, req)
     def _read(self, sent, req, n): return [_anthropic_read(self, sent, req.sampling)]
@@ -475,7 +501,11 @@ def _anthropic_args(lm: AnthropicChat, req: Request) -> dict:
     if s.temperature > 1: raise BadInput(f"{lm.name}: Anthropic takes temperatures from 0 to 1, got {s.temperature:g}")
     turns: list[Message] = [m for m in req.messages if m["role"] not in ("system", "developer")]
     if not turns: raise BadInput(f"{lm.name}: a request needs a user message besides the system message")
-    drawn = {"temperature": (s.temperature, 1), "top_p": (s.top_p, 1), "top_k": (s.top_k, 0)}  # the API's own defaults; newer clients have no such arguments
+    drawn = {
+        "temperature": (s.temperature, 1),
+        "top_p": (s.top_p, 1),
+        "top_k": (s.top_k, 0),
+    }  # the API's own defaults; newer clients have no such arguments
     extra = keep({**lm.extra_body, **{k: v for k, (v, default) in drawn.items() if v != default}})
     args: dict[str, Any] = {}
     if system := "\n\n".join(m["content"] for m in req.messages if m["role"] in ("system", "developer")): args["system"] = system
@@ -516,13 +546,20 @@ def probe(lm: OpenAIChat):
 def _ask(lm: OpenAIChat, requests: Sequence[Request], concurrency: int = 1, **changed) -> tuple[list[Completion], dict[str, str]]:
     "Answers in order, and what a copy of `lm` with some attributes changed noted on the way. Raises `LMError` when a request fails."
     twin = copy.copy(lm)
-    twin.capabilities, twin.extra_body = {k: v for k, v in lm.capabilities.items() if v.startswith(("rejected", "renamed"))}, dict(lm.extra_body)
+    twin.capabilities, twin.extra_body = (
+        {k: v for k, v in lm.capabilities.items() if v.startswith(("rejected", "renamed"))},
+        dict(lm.extra_body),
+    )
     for k, v in changed.items(): setattr(twin, k, v)
     got = dict(twin.complete(requests, concurrency))
     return [got[i] for i in range(len(requests))], twin.capabilities
 
 # %% ../../nbs/15_remote.ipynb #f6c8ab66
-_COUNT = Request(as_messages("Write the numbers from one to twenty in words, separated by commas."), Sampling(temperature=0., max_tokens=24), seed=1)
+_COUNT = Request(
+    as_messages("Write the numbers from one to twenty in words, separated by commas."),
+    Sampling(temperature=0.0, max_tokens=24),
+    seed=1,
+)
 _DREAM = Request(as_messages("Invent a name for a town and describe the town."), Sampling(temperature=1., max_tokens=16), seed=1)
 
 # %% ../../nbs/15_remote.ipynb #501cce0f
@@ -531,13 +568,23 @@ def _probe_text(lm: OpenAIChat) -> Iterator[tuple[str, str, str]]:
     (full, short), caps = _ask(lm, [_COUNT, replace(_COUNT, sampling=replace(_COUNT.sampling, max_tokens=4))])
     n, renamed = short.usage.completion_tokens, caps.get("max_tokens", "").startswith("renamed")
     obeyed = short.finish_reason == "length" and n <= 4 and len(short.text) < max(len(full.text), 40)
-    yield "max_tokens", (caps["max_tokens"] if renamed else "honoured") if obeyed else "ignored", f"asked for 4, got {n or 'an unknown number'}"
+    yield (
+        "max_tokens",
+        (caps["max_tokens"] if renamed else "honoured") if obeyed else "ignored",
+        f"asked for 4, got {n or 'an unknown number'}",
+    )
     yield "usage", caps.get("usage", "absent"), f"{n} tokens reported"
     yield "logprobs", caps.get("logprobs", "not asked"), f"{len(short.logprobs or ())} for {n} tokens"
     word = (full.text.split() or ["?"])[-1 if len(full.text.split()) < 3 else len(full.text.split()) // 2]
     (cut,), caps = _ask(lm, [replace(_COUNT, sampling=replace(_COUNT.sampling, stop=(word,)))])
     seen = caps.get("stop", "honoured" if cut.text == full.text[:full.text.find(word)] else "unclear")
-    yield "stop", seen, "the client cuts the text" if seen in ("ignored", "rejected", "left in") else f"{len(full.text)} characters without, {len(cut.text)} with"
+    yield (
+        "stop",
+        seen,
+        "the client cuts the text"
+        if seen in ("ignored", "rejected", "left in")
+        else f"{len(full.text)} characters without, {len(cut.text)} with",
+    )
 
 # %% ../../nbs/15_remote.ipynb #ce8718db
 def _probe_sampling(lm: OpenAIChat) -> Iterator[tuple[str, str, str]]:
@@ -546,7 +593,11 @@ def _probe_sampling(lm: OpenAIChat) -> Iterator[tuple[str, str, str]]:
     (a, b, *others), caps = _ask(lm, ask)
     together, _ = _ask(lm, ask, concurrency=4)
     same, varied = a.text == b.text, len({c.text for c in (a, *others)}) > 1
-    yield "temperature", caps.get("temperature", "honoured" if varied or not same else "ignored"), f"{len({c.text for c in (a, b, *others)})} texts from 3 seeds"
+    yield (
+        "temperature",
+        caps.get("temperature", "honoured" if varied or not same else "ignored"),
+        f"{len({c.text for c in (a, b, *others)})} texts from 3 seeds",
+    )
     alone = "ignored" if not same else "honoured" if varied else "unclear"
     yield "seed", caps.get("seed", alone), f"one seed twice: {'equal' if same else 'different'}"
     moved = sum(c.text != d.text for c, d in zip((a, b, *others), together))
@@ -558,11 +609,19 @@ def _probe_shape(lm: OpenAIChat) -> Iterator[tuple[str, str, str]]:
     try:
         got, caps = _ask(lm, [replace(_DREAM, seed=s) for s in range(3)], n_per_call=3, fan_out=False)
         ok = [c.text for c in got if not c.error]
-        yield "n", caps.get("n", "unclear") if len(set(ok)) != 1 or len(ok) == 1 else "ignored", f"asked for 3, got {len(ok)}, {len(set(ok))} distinct"
+        yield (
+            "n",
+            caps.get("n", "unclear") if len(set(ok)) != 1 or len(ok) == 1 else "ignored",
+            f"asked for 3, got {len(ok)}, {len(set(ok))} distinct",
+        )
     except LMError as e: yield "n", "rejected", str(e)[:80]
     schema = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "town", "schema": schema, "strict": True}}
-    (c,), _ = _ask(lm, [replace(_DREAM, sampling=replace(_DREAM.sampling, temperature=0., max_tokens=64))], extra_body={**lm.extra_body, "response_format": form})
+    (c,), _ = _ask(
+        lm,
+        [replace(_DREAM, sampling=replace(_DREAM.sampling, temperature=0.0, max_tokens=64))],
+        extra_body={**lm.extra_body, "response_format": form},
+    )
     text = c.text.strip()
     verdict = "rejected" if c.error else "honoured" if text.startswith('{"') or _is_town(text) else "ignored"
     yield "json_schema", verdict, " ".join((c.error or text).split())[:40]

@@ -49,7 +49,8 @@ def group_advantages(
 ) -> np.ndarray:  # same shape, float64; 0 where there is nothing to compare with
     "Compute group-relative advantages (GRPO: arXiv 2402.03300; Dr. GRPO: 2503.20783; RLOO: 2402.14740)."
     if scheme not in SCHEMES: raise BadInput(f"unknown advantage scheme {scheme!r}; known: {', '.join(SCHEMES)}")
-    if ddof not in (None, 0, 1) or (eps is not None and not eps >= 0): raise BadInput(f"ddof is 0 or 1 and eps >= 0, got ddof={ddof}, eps={eps}")
+    if ddof not in (None, 0, 1) or (eps is not None and not eps >= 0):
+        raise BadInput(f"ddof is 0 or 1 and eps >= 0, got ddof={ddof}, eps={eps}")
     s, r = SCHEMES[scheme], _rewards(rewards)
     known = ~np.isnan(r)
     n = known.sum(-1, keepdims=True)
@@ -133,7 +134,15 @@ def majority(
     counts = Counter(cast)  # keeps first-appearance order
     winner = max(counts, key=counts.__getitem__)
     n = counts[winner]
-    return Vote(winner, n, n / len(cast), len(cast), len(answers) - len(cast), list(answers).index(winner), sum(c == n for c in counts.values()) > 1)
+    return Vote(
+        winner,
+        n,
+        n / len(cast),
+        len(cast),
+        len(answers) - len(cast),
+        list(answers).index(winner),
+        sum(c == n for c in counts.values()) > 1,
+    )
 
 # %% ../../nbs/21_groups.ipynb #d5913c89
 def answer_entropy(
@@ -175,7 +184,8 @@ class Interval:
     dropped: int = 0  # values left out because they are not known
     level: float = .95
 
-    def __str__(self): return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n}{f', {self.dropped} unknown' if self.dropped else ''})"
+    def __str__(self):
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n}{f', {self.dropped} unknown' if self.dropped else ''})"
 
 # %% ../../nbs/21_groups.ipynb #d860ad46
 def bootstrap_ci(

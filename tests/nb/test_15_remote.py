@@ -32,7 +32,8 @@ class Handler(BaseHTTPRequestHandler):
         status, out, headers = self.server.script(k, body)
         data = out if isinstance(out, bytes) else _json.dumps(out).encode()
         self.send_response(status)
-        for name, value in {"content-type": "application/json", "content-length": len(data), **headers}.items(): self.send_header(name, str(value))
+        for name, value in {"content-type": "application/json", "content-length": len(data), **headers}.items():
+            self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(data)
 
@@ -47,8 +48,17 @@ def meet(script, n=1, opened=None, **kw):
     "What a user sees who asks a server that follows `script`: texts or errors; or the error that ended it. Also the server and the model."
     server, url = serve(script)
     lm = (opened or OpenAIChat)("m", url, **{"max_wait": .01, "max_retries": 2, "concurrency": 1, **kw})
-    try: seen = [c.error or c.text for _, c in sorted(lm.complete([Request([{"role": "user", "content": "2 + 2 = ?"}], Sampling(max_tokens=8), seed=i) for i in range(n)]))]
-    except LMError as e: seen = str(e).replace(url, "http://localhost:8000/v1")
+    try:
+        seen = [
+            c.error or c.text
+            for _, c in sorted(
+                lm.complete(
+                    [Request([{"role": "user", "content": "2 + 2 = ?"}], Sampling(max_tokens=8), seed=i) for i in range(n)]
+                )
+            )
+        ]
+    except LMError as e:
+        seen = str(e).replace(url, "http://localhost:8000/v1")
     server.shutdown(); server.server_close()
     return seen, server, lm
 

@@ -16,7 +16,12 @@ from synthlab.scoring.groups import *
 def test_published_advantages():
     import numpy as np
     R = [1.] + [0.] * 7
-    want = {("trl", None): (2.474174, -.353453), ("grpo", None): (2.474174, -.353453), ("verl", None): (2.474867, -.353552), ("verl", 0): (2.645743, -.377963)}
+    want = {
+        ("trl", None): (2.474174, -0.353453),
+        ("grpo", None): (2.474174, -0.353453),
+        ("verl", None): (2.474867, -0.353552),
+        ("verl", 0): (2.645743, -0.377963),
+    }
     for (scheme, ddof), values in want.items():
         np.testing.assert_allclose(group_advantages(R, scheme, ddof=ddof)[:2], values, atol=1e-6)
     np.testing.assert_allclose(group_advantages([[1, 2, 3], [4, 5, 6]], "rloo"), [[-1.5, 0, 1.5]] * 2, atol=1e-12)
@@ -48,7 +53,9 @@ def test_nothing_to_compare_with_is_zero():
         for eps in (None, 0.):
             assert not group_advantages([[.1] * 3, [.7] * 3], scheme, eps=eps).any()
             assert group_advantages([[5.], [0.]], scheme, eps=eps).tolist() == [[0.], [0.]]
-            assert group_advantages([5., None], scheme, eps=eps).tolist() == [0., 0.] and group_advantages([None, None], scheme, eps=eps).tolist() == [0., 0.]
+            assert group_advantages([5.0, None], scheme, eps=eps).tolist() == [0.0, 0.0] and group_advantages(
+                [None, None], scheme, eps=eps
+            ).tolist() == [0.0, 0.0]
 
 
 def test_bad_rewards_name_the_row():
@@ -90,10 +97,15 @@ def test_the_vote():
     assert (v.answer, v.votes, v.share, v.abstained, v.index, v.tied) == ("7", 2, .5, 2, 0, True)
     assert majority(["12", "7", "7", "12"]).answer == "12"
     assert majority([0, -1, 1, 1, -1, -1], missing=-1).answer == 1 and majority([0, -1, -1]).answer == -1
-    for p in permutations(["a", "a", "a", "b", "b", None]): assert (v := majority(p)).answer == "a" and v.share == .6 and p[v.index] == "a" and "a" not in p[:v.index]
+    for p in permutations(["a", "a", "a", "b", "b", None]):
+        assert (v := majority(p)).answer == "a" and v.share == 0.6 and p[v.index] == "a" and "a" not in p[: v.index]
     nobody = majority([None, None])
     assert nobody.answer is None and math.isnan(nobody.share) and nobody.abstained == 2 and majority([]).votes == 0
-    assert answer_entropy(["a", "a"]) == 0 and abs(answer_entropy(["a", "b", None]) - math.log(2)) < 1e-12 and math.isnan(answer_entropy([None]))
+    assert (
+        answer_entropy(["a", "a"]) == 0
+        and abs(answer_entropy(["a", "b", None]) - math.log(2)) < 1e-12
+        and math.isnan(answer_entropy([None]))
+    )
 
 
 def test_pass_at_k_is_the_closed_form():

@@ -14,14 +14,39 @@ from synthlab.checks.verify import *
 
 
 def test_what_counts_as_the_answer():
-    cases = {"26": "26", "\\frac{1}{2}": "\\frac{1}{2}", "x^2+1": "x^2+1", "(3, \\frac{\\pi}{2})": "(3, \\frac{\\pi}{2})", "26 dollars.": "26", "$26$": "26",
-             "so \\boxed{1} or rather \\boxed{\\frac{1}{2}}, as 3 > 2": "\\frac{1}{2}", "work 5 + 6\n#### 1,234": "1,234", "first 3.\nA: 26": "26", "A: 3\nNo, wait.\nA: 4": "4", "The answers are 3 and 5.": "3 and 5",
-             "The final answer is $\\frac{3}{4}$.": "\\frac{3}{4}", "**Answer:** 12": "12", "The answer is 3 because 4 > 2.": "3", "the answer is \\boxed{7": "7",
-             "She has 3 and then 4.5 left": "4.5", "It costs $1,200.": "1,200", "about -7 degrees": "-7", "5-3 makes 2": "2", "\\boxed{26\\text{ dollars}}": "26\\text{ dollars}",
-             "\\boxed{no solution}": "no solution", "\\boxed{all real numbers}": "\\text{all real numbers}", "<answer> 5 </answer> bye 6": "5", "x = 5": "x = 5"}
+    cases = {
+        "26": "26",
+        "\\frac{1}{2}": "\\frac{1}{2}",
+        "x^2+1": "x^2+1",
+        "(3, \\frac{\\pi}{2})": "(3, \\frac{\\pi}{2})",
+        "26 dollars.": "26",
+        "$26$": "26",
+        "so \\boxed{1} or rather \\boxed{\\frac{1}{2}}, as 3 > 2": "\\frac{1}{2}",
+        "work 5 + 6\n#### 1,234": "1,234",
+        "first 3.\nA: 26": "26",
+        "A: 3\nNo, wait.\nA: 4": "4",
+        "The answers are 3 and 5.": "3 and 5",
+        "The final answer is $\\frac{3}{4}$.": "\\frac{3}{4}",
+        "**Answer:** 12": "12",
+        "The answer is 3 because 4 > 2.": "3",
+        "the answer is \\boxed{7": "7",
+        "She has 3 and then 4.5 left": "4.5",
+        "It costs $1,200.": "1,200",
+        "about -7 degrees": "-7",
+        "5-3 makes 2": "2",
+        "\\boxed{26\\text{ dollars}}": "26\\text{ dollars}",
+        "\\boxed{no solution}": "no solution",
+        "\\boxed{all real numbers}": "\\text{all real numbers}",
+        "<answer> 5 </answer> bye 6": "5",
+        "x = 5": "x = 5",
+        "1. 15 - 43 = -28": "-28",
+    }
     for text, want in cases.items(): assert extract_answer(text) == want, (text, extract_answer(text))
     for text in (None, "", "   ", "I really do not know.", "..."): assert extract_answer(text) is None
-    assert [extract_answer(t, "choice") for t in ["B", "(c)", "The answer is (D).", "\\boxed{\\text{E}}", "I think A is wrong, so it is C", "none of them"]] == [*"BCDEC", None]
+    assert [
+        extract_answer(t, "choice")
+        for t in ["B", "(c)", "The answer is (D).", "\\boxed{\\text{E}}", "I think A is wrong, so it is C", "none of them"]
+    ] == [*"BCDEC", None]
     assert [extract_answer(t, "numeric") for t in ["1e-3", "so x = 2.50 m", "nothing"]] == ["1e-3", "2.50", None]
     assert extract_answer('Here: {"a": [1, 2]} and done', "json") == '{"a": [1, 2]}' and extract_answer("no json", "json") is None
     assert extract_answer("  The answer is Paris. ", "exact") == "Paris" and extract_answer(" ", "exact") is None
@@ -29,8 +54,40 @@ def test_what_counts_as_the_answer():
 
 def test_extraction_is_idempotent_and_never_raises():
     from hypothesis import given, settings, strategies as st
-    bits = st.sampled_from(["\\boxed{", "}", "{", "$", "####", "The answer is ", "A: ", "Answer:", "\n", "26", "-1,234.50", "\\frac{1}{2}", " ", ".", "**", "<answer>",
-                            "</answer>", "\\text{", "dollars", "x", "=", "(B)", "%", "1/2", "\\(", "\\)", "[1, 2]", "no", "\\$", "\u2212"])
+    bits = st.sampled_from(
+        [
+            "\\boxed{",
+            "}",
+            "{",
+            "$",
+            "####",
+            "The answer is ",
+            "A: ",
+            "Answer:",
+            "\n",
+            "26",
+            "-1,234.50",
+            "\\frac{1}{2}",
+            " ",
+            ".",
+            "**",
+            "<answer>",
+            "</answer>",
+            "\\text{",
+            "dollars",
+            "x",
+            "=",
+            "(B)",
+            "%",
+            "1/2",
+            "\\(",
+            "\\)",
+            "[1, 2]",
+            "no",
+            "\\$",
+            "\u2212",
+        ]
+    )
     texts = st.text(max_size=40) | st.lists(bits | st.text(max_size=3), max_size=14).map("".join)
 
     @settings(max_examples=400, deadline=None)
@@ -44,8 +101,27 @@ def test_extraction_is_idempotent_and_never_raises():
 
 def test_extraction_takes_linear_time():
     import time
-    for hard in ("\\boxed{" * 15000, "{" * 90000, "answer is " * 9000, "1," * 45000, "$" * 90000, "<answer>" * 11000, "\\text{" * 15000, "[" * 90000, "A:\n" * 30000,
-                 " " * 90000, "a " * 45000, "* " * 45000, "9" * 90000, "####" * 20000, "answer" + " " * 90000, "9 " * 45000 + "x", "-" * 90000, "\\(" * 45000, "```json\n" * 11000):
+    for hard in (
+        "\\boxed{" * 15000,
+        "{" * 90000,
+        "answer is " * 9000,
+        "1," * 45000,
+        "$" * 90000,
+        "<answer>" * 11000,
+        "\\text{" * 15000,
+        "[" * 90000,
+        "A:\n" * 30000,
+        " " * 90000,
+        "a " * 45000,
+        "* " * 45000,
+        "9" * 90000,
+        "####" * 20000,
+        "answer" + " " * 90000,
+        "9 " * 45000 + "x",
+        "-" * 90000,
+        "\\(" * 45000,
+        "```json\n" * 11000,
+    ):
         for kind in KINDS:
             start = time.process_time()
             extract_answer(hard, kind)
@@ -54,10 +130,39 @@ def test_extraction_takes_linear_time():
 
 def test_equivalence():
     import pytest
-    right = [("0.5", "\\frac12"), ("1,234", "1234"), ("$1,234.50", "1234.5"), ("26 dollars", "26"), ("26.00", "26"), ("1e3", "1000"), ("20\\%", "20"), ("x = 5", "5"), ("(x+1)^2", "x^2+2x+1"),
-             ("\\dfrac{3}{2}", "1.5"), ("\\text{Even}", "\\text{even}"), ("(E)", "\\text{(E)}"), ("3\\sqrt 2", "\\sqrt{18}"), ("-2, 1", "1,-2"), ("145^\\circ", "145"),
-             ("\\left(3, \\frac\\pi2\\right)", "(3,\\frac{\\pi}{2})"), ("the answer is 7", "work\\n#### 7"), ("9^{9^{9^9}}", "9^{9^{9^9}}")]
-    wrong = [("0.5", "0.51"), ("27", "26"), ("-26", "26"), ("\\frac{1}{3}", "0.33"), ("x+1", "x+2"), ("odd", "\\text{even}"), ("banana", "5"), ("(3,4)", "(4,3)"), ("x = 1 2", "x = 12"), ("", "5"), (None, "5")]
+    right = [
+        ("0.5", "\\frac12"),
+        ("1,234", "1234"),
+        ("$1,234.50", "1234.5"),
+        ("26 dollars", "26"),
+        ("26.00", "26"),
+        ("1e3", "1000"),
+        ("20\\%", "20"),
+        ("x = 5", "5"),
+        ("(x+1)^2", "x^2+2x+1"),
+        ("\\dfrac{3}{2}", "1.5"),
+        ("\\text{Even}", "\\text{even}"),
+        ("(E)", "\\text{(E)}"),
+        ("3\\sqrt 2", "\\sqrt{18}"),
+        ("-2, 1", "1,-2"),
+        ("145^\\circ", "145"),
+        ("\\left(3, \\frac\\pi2\\right)", "(3,\\frac{\\pi}{2})"),
+        ("the answer is 7", "work\\n#### 7"),
+        ("9^{9^{9^9}}", "9^{9^{9^9}}"),
+    ]
+    wrong = [
+        ("0.5", "0.51"),
+        ("27", "26"),
+        ("-26", "26"),
+        ("\\frac{1}{3}", "0.33"),
+        ("x+1", "x+2"),
+        ("odd", "\\text{even}"),
+        ("banana", "5"),
+        ("(3,4)", "(4,3)"),
+        ("x = 1 2", "x = 12"),
+        ("", "5"),
+        (None, "5"),
+    ]
     unknown = [("½", "2"), ("\\boxed{\\frac{1}{2}", None), ("\\frac{1}{", "5"), ("40_9", "40_8"), ("5", ""), ("7" * 200_000, "7")]
     for pairs, value in ((right, True), (wrong, False), (unknown, None)):
         for pair, v in zip(pairs, shared_pool().verify_many(pairs)): assert v.value is value and (v.cause or value is not None), (pair, v)
@@ -70,12 +175,33 @@ def test_kinds():
         def values(kind, *pairs): return [v.value for v in pool.verify_many(pairs, kind)]
         assert values("exact", (" New  york. ", "New York"), ("York", "New York")) == [True, False]
         assert values("choice", ("The answer is (b).", "B"), ("C", "B"), ("dunno", "B")) == [True, False, False]
-        assert values("numeric", ("1.0000001", "1"), ("1.1", "1"), ("1.1", "1", {"rtol": .2}), ("1e400", "1"), ("2", "two")) == [True, False, True, False, None]
-        assert values("json", ('{"b": [1.0], "a": 2}', '{"a": 2, "b": [1]}'), ("[true]", "[1]"), ("[1e400]", "[2e400]"), ("[", "[1]"), ("[1]", "{")) == [True, False, False, False, None]
+        assert values("numeric", ("1.0000001", "1"), ("1.1", "1"), ("1.1", "1", {"rtol": 0.2}), ("1e400", "1"), ("2", "two")) == [
+            True,
+            False,
+            True,
+            False,
+            None,
+        ]
+        assert values(
+            "json",
+            ('{"b": [1.0], "a": 2}', '{"a": 2, "b": [1]}'),
+            ("[true]", "[1]"),
+            ("[1e400]", "[2e400]"),
+            ("[", "[1]"),
+            ("[1]", "{"),
+        ) == [True, False, False, False, None]
         assert values("regex", ("room 12b", r"\d+b$"), ("room", r"^\d"), ("x", "(")) == [True, False, None]
         entry = {"question": "How much is 2 + 3?", "answer": "5", "metadata": {}}
         ctx = {"dataset": "chain_sum", "entry": entry}
-        assert values("reasoning_gym", ("5", "5", ctx), ("It is 5 dollars", "5", ctx), ("6", "5", ctx), ("5", None, ctx), ("5", "5"), ("5", "5", {"dataset": "?"})) == [True, True, False, True, True, None]
+        assert values(
+            "reasoning_gym",
+            ("5", "5", ctx),
+            ("It is 5 dollars", "5", ctx),
+            ("6", "5", ctx),
+            ("5", None, ctx),
+            ("5", "5"),
+            ("5", "5", {"dataset": "?"}),
+        ) == [True, True, False, True, True, None]
         mixed = pool.verify_many([("B", "b"), ("0.5", "1/2")], ["choice", "math"])
         assert [v.value for v in mixed] == [True, True]
         with pytest.raises(BadInput, match="unknown kind of answer 'essay'; known: choice, exact"): pool.verify_many([("a", "b")], "essay")
@@ -102,7 +228,11 @@ def test_a_nasty_pair_makes_only_itself_unknown():
 
 def test_antlr_versions():
     from synthlab.checks.verify import _antlr_problem
-    assert not any(map(_antlr_problem, ("4.9.3", "4.11.0", "4.11.1", "4.13.2"))) and "4.13.2" in _antlr_problem("4.12.0") and "missing" in _antlr_problem("")
+    assert (
+        not any(map(_antlr_problem, ("4.9.3", "4.11.0", "4.11.1", "4.13.2")))
+        and "4.13.2" in _antlr_problem("4.12.0")
+        and "missing" in _antlr_problem("")
+    )
 
 
 def test_classes_of_equal_answers():
@@ -111,4 +241,6 @@ def test_classes_of_equal_answers():
         assert cluster(answers, pool=pool) == [0, 0, -1, 1, 0, 2, 2, -1, 1, -1]
         assert cluster(["2^{2^{40}}", "7", "7.0", "2^{2^{40}}"], pool=pool) == [-1, 0, 0, -1]
         assert cluster([], pool=pool) == [] and cluster([None, ""], pool=pool) == [-1, -1]
-        assert cluster(["b", "(B)", "The answer is C"], "choice", pool) == [0, 0, 1] and cluster([" a  b", "A b", "c"], "exact", pool) == [0, 0, 1]
+        assert cluster(["b", "(B)", "The answer is C"], "choice", pool) == [0, 0, 1] and cluster(
+            [" a  b", "A b", "c"], "exact", pool
+        ) == [0, 0, 1]

@@ -53,9 +53,16 @@ def test_escaped_text_is_inert():
 
 
 def test_secrets_are_masked_and_prose_is_not():
-    for s in ["sk-proj-abcDEF0123456789xyz", "Bearer abcdef.123456", "hf_abcdefghijklmnopqrst", "AKIAABCDEFGHIJKLMNOP", "api_key = 'hunter2hunter2'"]:
+    for s in [
+        "sk-proj-abcDEF0123456789xyz",
+        "Bearer abcdef.123456",
+        "hf_abcdefghijklmnopqrst",
+        "AKIAABCDEFGHIJKLMNOP",
+        "api_key = 'hunter2hunter2'",
+    ]:
         assert "[secret]" in mask_secrets(f"x {s} y") and s[-8:] not in mask_secrets(f"x {s} y")
-    for s in ["a risk-averse-strategy-for-all", "the bearer of news", "task-0123456789abcdef", "the secret: it is 7"]: assert mask_secrets(s) == s
+    for s in ["a risk-averse-strategy-for-all", "the bearer of news", "task-0123456789abcdef", "the secret: it is 7"]:
+        assert mask_secrets(s) == s
 
 
 def test_the_scale_is_fixed():

@@ -95,8 +95,20 @@ def test_every_sequence_of_actions_leaves_a_valid_view():
     from hypothesis import given, settings, strategies as st
     groups, references, answers, verdicts, tok = demo_run(n=12)
     cat = catalogue(make_cases(groups, references, answers, verdicts))
-    actions = st.sampled_from([("next", ""), ("previous", ""), ("shade", ""), ("layout", "list"), ("go", "5"), ("go", "11"), ("search", "zzz"), ("search", "SHELF 12"), ("search", "")]
-                              + [("show", f) for f in FILTERS])
+    actions = st.sampled_from(
+        [
+            ("next", ""),
+            ("previous", ""),
+            ("shade", ""),
+            ("layout", "list"),
+            ("go", "5"),
+            ("go", "11"),
+            ("search", "zzz"),
+            ("search", "SHELF 12"),
+            ("search", ""),
+        ]
+        + [("show", f) for f in FILTERS]
+    )
     @settings(max_examples=200, deadline=None)
     @given(st.lists(actions, max_size=12))
     def walk(todo):
@@ -167,7 +179,12 @@ def test_hostile_text_is_shown_not_run():
     ref = Reference(task.id, bad, bad, bad, {"rollouts": [0], bad: bad})
     case = make_cases([g], {bad: [ref]}, [[bad, None]], [[Verdict(None, bad, bad), Verdict(False, bad)]])[0]
     class Tok: decode = staticmethod(lambda ids: bad)
-    for html in (case_html(case), case_html(case, Tok, shaded=True), controls_html(catalogue([case]), View(query=bad)), f"<select>{options_html(catalogue([case]), View())}</select>"):
+    for html in (
+        case_html(case),
+        case_html(case, Tok, shaded=True),
+        controls_html(catalogue([case]), View(query=bad)),
+        f"<select>{options_html(catalogue([case]), View())}</select>",
+    ):
         Reader().feed(html)
     assert not {t for t, _ in seen} & {"script", "img"} and not {k for _, k in seen if k and k.startswith("on")}
 
@@ -175,7 +192,9 @@ def test_hostile_text_is_shown_not_run():
 def test_a_click_from_the_browser_changes_the_page():
     groups, references, answers, verdicts, tok = demo_run()
     explorer = RolloutExplorer(groups, references, tok, answers, verdicts)
-    click = lambda act, value="": explorer.widget._handle_msg({"content": {"data": {"method": "custom", "content": {"act": act, "value": value}}}, "buffers": []})
+    click = lambda act, value="": explorer.widget._handle_msg(
+        {"content": {"data": {"method": "custom", "content": {"act": act, "value": value}}}, "buffers": []}
+    )
     assert groups[0].task.prompt in explorer.widget.page and "1 of 4" in explorer.widget.page
     click("next"); click("shade")
     assert groups[1].task.prompt in explorer.widget.page and "surprisal" in explorer.widget.page
@@ -201,7 +220,11 @@ def test_without_a_front_end_it_displays_static_html():
     groups, references, answers, verdicts, tok = demo_run()
     explorer = RolloutExplorer(groups, references, tok, answers, verdicts)
     data, _ = explorer.display_data(live=False)
-    assert set(data) == {"text/plain", "text/html"} and explorer._widget is None and data == RolloutExplorer(*demo_run()[:2], tok, answers, verdicts).display_data(live=False)[0]
+    assert (
+        set(data) == {"text/plain", "text/html"}
+        and explorer._widget is None
+        and data == RolloutExplorer(*demo_run()[:2], tok, answers, verdicts).display_data(live=False)[0]
+    )
     assert set(explorer.display_data(live=True)[0]) == set(data) | {"application/vnd.jupyter.widget-view+json"}
     assert explorer.html(groups[2].task.id) == explorer.html(2) != explorer.html(1)
 

@@ -24,16 +24,40 @@ def demo_parts(n=24, G=4, text="I count {s} books. The answer is \\boxed{{{s}}}.
         gold = str(10 + 3 * t)
         task = new_task(f"A shelf holds {7 + 2 * t} books and {3 + t} more arrive. How many are there?", answer=gold)
         said = [gold if (i * 7 + t * 5) % 4 < 2 else None if (i + t) % 7 == 0 else str(10 + 3 * t + i) for i in range(G)]
-        groups.append(Group(task, [Rollout(task.id, i, text.format(s=s), logprobs=[-.25 * (i + 1)] * 9, token_ids=range(9)) for i, s in enumerate(said)]))
+        groups.append(
+            Group(
+                task,
+                [
+                    Rollout(task.id, i, text.format(s=s), logprobs=[-0.25 * (i + 1)] * 9, token_ids=range(9))
+                    for i, s in enumerate(said)
+                ],
+            )
+        )
         answers.append(said)
         verdicts.append([Verdict(None, "no answer found") if s is None else Verdict(s == gold) for s in said])
         refs.append(Reference(task.id, text.format(s=gold), gold, "synthesis", {"rollouts": list(range(G))}))
         for v in verdicts[-1]: rows.add("ok" if v.value is not None else "unknown", v.cause)
-    table = pd.DataFrame({"estimator": ["random", "majority", "synthesis"], "n": [n] * 3, "accuracy": [.48, .71, .79], "low": [.31, .51, .60], "high": [.66, .85, .91]})
+    table = pd.DataFrame(
+        {
+            "estimator": ["random", "majority", "synthesis"],
+            "n": [n] * 3,
+            "accuracy": [0.48, 0.71, 0.79],
+            "low": [0.31, 0.51, 0.60],
+            "high": [0.66, 0.85, 0.91],
+        }
+    )
     fig = interval_plot(table.estimator, table.accuracy, table.low, table.high, "Invented numbers: the intervals of two estimators overlap")
-    return dict(summary={"model": "stub", "tasks": f"{n} invented sums", "rollouts": f"{G} a task, temperature 0.8", "seed": "0"}, table=table,
-                figures=[("Accuracy with 95% intervals; the intervals of majority and synthesis overlap.", fig)], groups=groups, references={"synthesis": refs},
-                answers=answers, verdicts=verdicts, accounting=rows, notes=["These numbers are invented and show the layout only."])
+    return dict(
+        summary={"model": "stub", "tasks": f"{n} invented sums", "rollouts": f"{G} a task, temperature 0.8", "seed": "0"},
+        table=table,
+        figures=[("Accuracy with 95% intervals; the intervals of majority and synthesis overlap.", fig)],
+        groups=groups,
+        references={"synthesis": refs},
+        answers=answers,
+        verdicts=verdicts,
+        accounting=rows,
+        notes=["These numbers are invented and show the layout only."],
+    )
 
 
 def test_picks_are_even_and_all_when_few():
@@ -58,7 +82,11 @@ def test_nothing_is_loaded_or_run():
     parts["accounting"].add("failed", bad)
     Reader().feed(render_report(bad, **parts))
     assert {t for t, _ in seen} & {"script", "link", "iframe", "object", "form"} == set() and [t for t, _ in seen].count("style") == 1
-    assert all(not k.startswith("on") for _, a in seen for k in a) and all(a["src"].startswith("data:") for _, a in seen if "src" in a) and all("href" not in a for _, a in seen)
+    assert (
+        all(not k.startswith("on") for _, a in seen for k in a)
+        and all(a["src"].startswith("data:") for _, a in seen if "src" in a)
+        and all("href" not in a for _, a in seen)
+    )
     assert all(a.get("alt") for t, a in seen if t == "img")
 
 
@@ -83,4 +111,6 @@ def test_rows_and_missing_numbers_are_shown():
     page = render_report("Run", **parts, n_groups=1)
     assert page.count("–</td>") == 1 and page.count('<section class="group">') == 1 and "Shown are 1 of 3 tasks, evenly spaced" in page
     assert f'<td>total</td><td></td><td class="num">{parts["accounting"].total}</td>' in page and page.count("–</td>") == 1
-    assert "Figures" not in render_report("Run", **(parts | {"figures": ()})) and "No groups" in render_report("Run", summary={}, table=parts["table"], accounting=Accounting())
+    assert "Figures" not in render_report("Run", **(parts | {"figures": ()})) and "No groups" in render_report(
+        "Run", summary={}, table=parts["table"], accounting=Accounting()
+    )
