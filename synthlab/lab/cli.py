@@ -276,13 +276,15 @@ def doctor(run: Annotated[Path | None, typer.Argument(help="A run folder, to che
 def main(argv: Sequence[str] | None = None) -> None:
     "Entry point of the `synthlab` command."
     resume = "interrupted: finished work is kept; run the same command again to go on"
+    code = 0
     try: code = app(args=None if argv is None else list(argv), standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort): code = 130
     except (BadInput, MissingExtra) as e: _leave(f"error: {e}", 2)
     except SynthlabError as e: _leave(f"failed: {e}", 1)
     except Exception as e:
-        if not hasattr(e, "format_message"): raise  # a usage error of the command line parser has one
-        _leave(f"error: {e.format_message()}", 2)
+        explain = getattr(e, "format_message", None)  # a usage error of the command line parser has one
+        if explain is None: raise
+        _leave(f"error: {explain()}", 2)
     if code == 130: _leave(resume, 130)
     if code: raise SystemExit(code)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+import jax.numpy as jnp
 import numpy as np
 from ..core import BadInput, Message, Usage, as_messages, content_id
 from .backends import Completion, LMError, Request, Sampling
@@ -142,7 +143,7 @@ class LocalLM(TextModel):
         ids = prompt + reply
         padded = np.zeros((1, -(-len(ids) // bucket) * bucket), np.int32)
         padded[0, :len(ids)] = ids
-        return np.asarray(log_probs(self.params, padded))[0, len(prompt) - 1:len(ids) - 1]
+        return np.asarray(log_probs(self.params, jnp.asarray(padded)))[0, len(prompt) - 1:len(ids) - 1]
 
 # %% ../../nbs/14_local.ipynb #10ec054f
 def _cut(decode: Callable, ids: list[int], stop: Sequence[str]) -> tuple[str, int, bool]:

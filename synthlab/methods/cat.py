@@ -76,8 +76,8 @@ def estimate_min_ppl(groups: Sequence[Group], setting: Setting) -> list[Referenc
             raise BadInput(
                 f"min_ppl: the rollouts of task {g.task.id} carry no log-probs; sample with a backend that returns them"
             )
-        nll = [-np.mean(r.logprobs) if r.logprobs and r.finish_reason != "error" else math.inf for r in g.rollouts]
-        best = int(np.argmin(nll)) if min(nll, default=math.inf) < math.inf else None
+        nll = [-float(np.mean(r.logprobs)) if r.logprobs and r.finish_reason != "error" else math.inf for r in g.rollouts]
+        best = nll.index(min(nll)) if min(nll, default=math.inf) < math.inf else None
         refs.append(_select(g, best, "min_ppl", nll=None if best is None else float(nll[best])))
     return refs
 
@@ -137,10 +137,8 @@ def synthesize(
         wanted = shown_order(d, s.seed, rollouts)
         order = _fit(anchor, wanted, ask, s.max_tokens)
         shown.append((order, len(wanted) - len(order)))
-        if order:
-            requests.append(
-                Request(ask(order), Sampling(s.temperature, max_tokens=s.max_tokens), derive_seed(s.seed, name, g.task.id))
-            )
+        prompt = ask(order)
+        if order: requests.append(Request(prompt, Sampling(s.temperature, max_tokens=s.max_tokens), derive_seed(s.seed, prompt)))
     done = iter(complete_all(anchor, requests, s.store, s.concurrency, name if s.progress else ""))
     return [_synthesized(g, next(done) if order else None, name, order, dropped) for g, (order, dropped) in zip(groups, shown)]
 

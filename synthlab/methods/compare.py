@@ -24,22 +24,21 @@ def readable(
     "The table of a comparison in fewer, readable columns of text; empty where a number does not exist."
     number = lambda x, form=".3f": "" if pd.isna(x) else format(x, form)
     span = lambda x, low, high, form=".3f": "" if pd.isna(x) else f"{x:{form}} [{low:{form}}, {high:{form}}]"
-    return pd.DataFrame(
-        [
-            {
-                "estimator": r.estimator,
-                "n": r.n,
-                "accuracy [95% CI]": span(r.accuracy, r.ci_low, r.ci_high),
-                "minus majority [95% CI]": span(r.vs_majority, r.vs_low, r.vs_high, "+.3f"),
-                "disagrees": number(r.disagrees),
-                "right then": number(r.right_when_disagrees),
-                "majority right then": number(r.majority_right_then),
-                "right when all wrong": "" if pd.isna(r.all_wrong) else f"{r.right_when_all_wrong:.0f} of {r.all_wrong:.0f}",
-                "no answer": number(r.no_answer, ".0f"),
-            }
-            for r in table.itertuples()
-        ]
-    )
+    rows = [
+        {
+            "estimator": r["estimator"],
+            "n": r["n"],
+            "accuracy [95% CI]": span(r["accuracy"], r["ci_low"], r["ci_high"]),
+            "minus majority [95% CI]": span(r["vs_majority"], r["vs_low"], r["vs_high"], "+.3f"),
+            "disagrees": number(r["disagrees"]),
+            "right then": number(r["right_when_disagrees"]),
+            "majority right then": number(r["majority_right_then"]),
+            "right when all wrong": "" if pd.isna(r["all_wrong"]) else f"{r['right_when_all_wrong']:.0f} of {r['all_wrong']:.0f}",
+            "no answer": number(r["no_answer"], ".0f"),
+        }
+        for r in table.to_dict("records")
+    ]
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/45_compare.ipynb #21152c12
 @dataclass(frozen=True, repr=False)

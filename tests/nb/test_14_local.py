@@ -7,6 +7,7 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+import jax.numpy as jnp
 import numpy as np
 from synthlab.core import BadInput, Message, Usage, as_messages, content_id
 from synthlab.lm.backends import Completion, LMError, Request, Sampling
