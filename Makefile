@@ -27,7 +27,7 @@ system:
 	  || echo "chromium is not installed: the browser tests will be skipped (apt-get install chromium)"
 
 demo: .venv/.core
-	$(BIN)/synthlab cat --out runs/demo --tasks chain_sum --n 16 --rollouts 8 --config min_terms=2,max_terms=3,min_digits=1,max_digits=2 --max-tokens 64
+	$(BIN)/synthlab cat --out runs/demo --tasks chain_sum --n 16 --rollouts 8 --config min_terms=2,max_terms=2,min_digits=1,max_digits=2 --max-tokens 48
 
 test: .venv/.dev system
 	$(BIN)/ruff check nbs tests setup.py

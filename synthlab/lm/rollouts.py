@@ -66,8 +66,8 @@ def logprobs_all(
     with tqdm(total=len(todo), desc=progress, disable=not (progress and todo), unit="text") as bar:
         for i in range(0, len(todo), block):
             part = list(todo)[i:i + block]
-            fresh = dict(zip(part, lm.logprobs([todo[k] for k in part])))
-            if store: store.put("logprobs", {k: [float(x) for x in v] for k, v in fresh.items()})
+            fresh = {k: np.asarray(v, np.float64) for k, v in zip(part, lm.logprobs([todo[k] for k in part]))}  # as the journal reads them back
+            if store: store.put("logprobs", {k: v.tolist() for k, v in fresh.items()})
             done |= fresh
             bar.update(len(part))
     return [done[k] for k in keys]

@@ -75,9 +75,9 @@ def _merge(a, b):
 
 # %% ../../nbs/13_sampler.ipynb #989b8c1f
 def bucket(n: int, smallest: int = 16) -> int:
-    "Round a length up to 16, 24, 32, 48, 64, 96, ...: at most half of it is padding, and the number of programs stays small."
+    "Round a length up to 16, 32, 64, ..., 512, 768, 1024, 1536, ...: few programs for short lengths, little padding for long ones."
     size = smallest
-    while size < n: size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    while size < n: size = size * 2 if size < 512 else size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
 
 # %% ../../nbs/13_sampler.ipynb #90a4b60a
@@ -92,11 +92,11 @@ class Tile:
 
 def tile_for(config: Config, prompt_length: int, max_tokens: int) -> Tile:
     "Choose the tile of a request: a function of the request and the model, never of other requests."
-    P, S = bucket(prompt_length, 64), bucket(max_tokens)
+    P, S = bucket(prompt_length, 128), bucket(max_tokens)
     positions = 2**30 // (8 * config.num_layers * config.num_kv_heads * config.head_dim)  # float32 keys and values in 1 GiB
     fits = lambda n: 2 ** max(0, int(np.log2(max(1, positions // n))))
     rows = min(32 if P <= 1024 else 8, fits(S))
-    return Tile(P, S, rows, min(rows, fits(P)), min(8, rows))
+    return Tile(P, S, rows, min(rows, fits(P)), min(4, rows))
 
 # %% ../../nbs/13_sampler.ipynb #54947dcc
 @dataclass(frozen=True)
@@ -138,9 +138,10 @@ def _step(params: Params, bank, suffix, layout: _Layout, tokens, positions, step
     seen = (behind >= 0) & (behind < c.window) if c.window else behind >= 0
     def run_layer(carry, inputs):
         (x, suffix), (layer, i) = carry, inputs
-        q, *kv = project_qkv(layer, x, cos_sin, c)  # (R, 1, K, G, d), (R, 1, K, d)
-        suffix = tuple(lax.dynamic_update_slice(s, a.transpose(0, 2, 1, 3)[None], (i, 0, 0, step, 0)) for s, a in zip(suffix, kv))
-        own = _partial(q[:, 0], *(lax.dynamic_index_in_dim(s, i, 0, False) for s in suffix), seen)
+        q, k, v = project_qkv(layer, x, cos_sin, c)  # (R, 1, K, G, d), (R, 1, K, d)
+        suffix = tuple(lax.dynamic_update_slice(s, a.transpose(0, 2, 1, 3)[None], (i, 0, 0, step, 0)) for s, a in zip(suffix, (k, v)))
+        k, v = (lax.dynamic_index_in_dim(s, i, 0, False) for s in suffix)  # (R, K, S, d)
+        own = _partial(q[:, 0], k, v, seen)
         mixed = _merge(_prefix_attention(q[:, 0], bank, i, layout, positions, c.window), own)
         return (finish_layer(layer, x, mixed[:, None], c), suffix), None
     x = params.embed[tokens][:, None].astype(jnp.float32)
@@ -200,7 +201,7 @@ def _layout(slots, tile: Tile) -> tuple[_Layout, list[int]]:
     "Seat the rows of a tile; also return which request each seat holds."
     seats = [(n, lane, row) for n, (_, rows) in enumerate(slots) for lane, row in enumerate(rows)]
     out = _Layout(np.zeros(tile.rows, np.int32), np.zeros(tile.rows, np.int32), np.zeros((tile.slots, tile.lanes), np.int32),
-                  np.zeros(tile.slots, np.int32), np.int32(len(slots)))
+                  np.zeros(tile.slots, np.int32), np.array(len(slots), np.int32))
     for r, (n, lane, _) in enumerate(seats): out.row_slot[r], out.row_lane[r], out.slot_rows[n, lane] = n, lane, r
     for n, (prompt, _) in enumerate(slots): out.slot_length[n] = len(prompt) - 1
     return out, [row for *_, row in seats]

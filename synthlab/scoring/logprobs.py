@@ -13,7 +13,8 @@ from ..core import BadInput, Group, Rollout
 from ..lm.jaxlm import Params, row_blocks, run_layers, token_logprobs
 from ..lm.sampler import bucket
 
-_all_ = ["token_logprobs"]
+# %% ../../nbs/20_logprobs.ipynb #190080b3
+_all_ = ["token_logprobs"]  # offered under this name too
 
 # %% ../../nbs/20_logprobs.ipynb #b3a5e5fb
 @jax.jit

@@ -12,7 +12,7 @@ import numpy as np
 from synthlab.core import BadInput, Message, Usage, as_messages, content_id
 from synthlab.lm.backends import Completion, LMError, Request, Sampling
 from synthlab.lm.jaxlm import FAMILIES, embedded_folder, gguf_to_folder, load_jax_model, log_probs
-from synthlab.lm.sampler import Sample, generate
+from synthlab.lm.sampler import Sample, bucket, generate
 
 from synthlab.lm.local import *
 
@@ -49,6 +49,13 @@ def test_sampled_and_scored_logprobs_agree():
     assert lm.encode_reply(c.text) == list(ids), "this reply happens to be tokenised as it was sampled"
     again = lm.logprobs([([{"role": "user", "content": "Name three colours."}], c.text)])[0]
     assert np.abs(again - np.array(c.logprobs[:len(ids)])).max() < 1e-3
+
+
+def test_a_score_does_not_depend_on_company():
+    lm = load_lm("embedded")
+    pairs = [([{"role": "user", "content": f"{i} + {i} ="}], f"{2 * i} " * (i % 5 + 1)) for i in range(11)]
+    together, alone = lm.logprobs(pairs), [lm.logprobs([p])[0] for p in pairs[::3]]
+    assert all((a == b).all() for a, b in zip(together[::3], alone)) and [len(x) for x in together] == [len(lm.encode_reply(t)) for _, t in pairs]
 
 
 def test_stop_strings_cut_text_and_tokens():
