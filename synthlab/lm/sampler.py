@@ -113,7 +113,7 @@ jax.tree_util.register_dataclass(_Layout)
 # %% ../../nbs/13_sampler.ipynb #6886c83b
 def _prefix_attention(q, bank, layer, layout: _Layout, positions, window):
     "Attend to the prefixes, slot by slot, each read once for all its lanes. q (R, K, G, d) -> output, maximum, sum per row."
-    (R, K, G, d), (N, lanes) = q.shape, layout.slot_rows.shape
+    (_, K, G, d), (N, lanes) = q.shape, layout.slot_rows.shape
     P = bank[0].shape[3]
     def visit(n, out):
         rows = layout.slot_rows[n]
@@ -160,7 +160,16 @@ def _decode(params, bank, layout, tokens, positions, seeds, done, limit, eos, te
         tokens, lp = draw(z, seeds, step, temperature, top_k, top_p, mode)
         ids, lps = (lax.dynamic_update_slice(a, b[:, None], (0, step)) for a, b in ((ids, tokens), (lps, lp)))
         return step + 1, tokens, done | (tokens[:, None] == eos).any(-1), suffix, ids, lps, count + ~done
-    start = (jnp.int32(0), tokens, done, (empty, empty), jnp.zeros((R, S), jnp.int32), jnp.zeros((R, S), jnp.float32), jnp.zeros(R, jnp.int32))
+
+    start = (
+        jnp.int32(0),
+        tokens,
+        done,
+        (empty, empty),
+        jnp.zeros((R, S), jnp.int32),
+        jnp.zeros((R, S), jnp.float32),
+        jnp.zeros(R, jnp.int32),
+    )
     *_, ids, lps, count = lax.while_loop(lambda s: (s[0] < limit) & ~s[2].all(), body, start)
     return ids, lps, count
 
@@ -184,7 +193,9 @@ class Sample:
     finish_reason: str  # "stop" | "length"
 
 # %% ../../nbs/13_sampler.ipynb #6daecca5
-def _plan(prompts: Sequence[tuple[int, ...]], rows: Sequence[int], tile: Tile, batch: int) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
+def _plan(
+    prompts: Sequence[tuple[int, ...]], rows: Sequence[int], tile: Tile, batch: int
+) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
     "Cut rows into tiles: each a list of slots (prompt, rows that share it)."
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i in rows: by_prompt.setdefault(prompts[i], []).append(i)
@@ -222,12 +233,27 @@ def _run(params, prompts, seeds, rows, tile: Tile, batch, settings, limit, eos, 
         prefixes = {slots[-1][0]: prefixes[slots[-1][0]]}  # only the last prompt can go on in the next tile
         layout, seated = _layout(slots, tile)
         last, before = [prompts[i][-1] for i in seated], [len(prompts[i]) - 1 for i in seated]
-        ids, lps, count = map(np.asarray, _decode(
-            params, bank, layout, _padded(last, tile.rows, np.int32), _padded(before, tile.rows, np.int32),
-            _padded([seeds[i] for i in seated], tile.rows, np.uint32), np.arange(tile.rows) >= len(seated), limit, eos, *settings, tile=tile, mode=mode))
+        ids, lps, count = map(
+            np.asarray,
+            _decode(
+                params,
+                bank,
+                layout,
+                _padded(last, tile.rows, np.int32),
+                _padded(before, tile.rows, np.int32),
+                _padded([seeds[i] for i in seated], tile.rows, np.uint32),
+                np.arange(tile.rows) >= len(seated),
+                limit,
+                eos,
+                *settings,
+                tile=tile,
+                mode=mode,
+            ),
+        )
         for r, i in enumerate(seated):
             n, end = int(count[r]), bool(np.isin(ids[r, count[r] - 1], eos))
-            if not np.isfinite(lps[r, :n]).all(): raise SynthlabError(f"row {i}: the model computed NaN or infinite logits; check its weights")
+            if not np.isfinite(lps[r, :n]).all():
+                raise SynthlabError(f"row {i}: the model computed NaN or infinite logits; check its weights")
             yield i, Sample(ids[r, :n].copy(), lps[r, :n].copy(), "stop" if end else "length")
 
 # %% ../../nbs/13_sampler.ipynb #8a216f6f
@@ -235,9 +261,12 @@ def _check(config: Config, prompts, seeds, max_tokens) -> None:
     if len(prompts) != len(seeds): raise BadInput(f"{len(prompts)} prompts but {len(seeds)} seeds")
     for i, (p, s) in enumerate(zip(prompts, seeds)):
         if not len(p): raise BadInput(f"row {i}: the prompt is empty")
-        if not 0 <= min(p) <= max(p) < config.vocab_size: raise BadInput(f"row {i}: the prompt holds a token outside the vocabulary of {config.vocab_size}")
+        if not 0 <= min(p) <= max(p) < config.vocab_size:
+            raise BadInput(f"row {i}: the prompt holds a token outside the vocabulary of {config.vocab_size}")
         if len(p) + max_tokens > config.max_position_embeddings:
-            raise BadInput(f"row {i}: {len(p)} prompt tokens and max_tokens={max_tokens} exceed the model's context of {config.max_position_embeddings}")
+            raise BadInput(
+                f"row {i}: {len(p)} prompt tokens and max_tokens={max_tokens} exceed the model's context of {config.max_position_embeddings}"
+            )
         if not 0 <= s < 2**32: raise BadInput(f"row {i}: seed {s} is not in [0, 2**32)")
 
 # %% ../../nbs/13_sampler.ipynb #e009d5e9
@@ -265,5 +294,10 @@ def generate(
     tiles: dict[Tile, list[int]] = {}
     for i, p in enumerate(ids): tiles.setdefault(tile_for(params.config, len(p), max_tokens), []).append(i)
     settings = np.float32(temperature), np.int32(top_k), np.float32(top_p)
-    return (found for tile, rows in tiles.items()
-            for found in _run(params, ids, seeds, rows, tile, min(batch_size or tile.rows, tile.rows), settings, np.int32(max_tokens), eos, mode))
+    return (
+        found
+        for tile, rows in tiles.items()
+        for found in _run(
+            params, ids, seeds, rows, tile, min(batch_size or tile.rows, tile.rows), settings, np.int32(max_tokens), eos, mode
+        )
+    )

@@ -7,7 +7,7 @@ __all__ = ['score_replies', 'nll', 'reply_tokens', 'Scorer', 'score', 'token_log
 
 # %% ../../nbs/20_logprobs.ipynb #c7b21c64
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import jax, jax.numpy as jnp, numpy as np, pandas as pd
 from ..core import BadInput, Group, Rollout
 from ..lm.jaxlm import Params, row_blocks, run_layers, token_logprobs
@@ -65,7 +65,9 @@ def score_replies(
 def _check_row(config, name: str, prompt, reply) -> None:
     if not len(prompt): raise BadInput(f"{name}: the prompt is empty, so the first token of the reply has no probability")
     if len(prompt) + len(reply) > config.max_position_embeddings:
-        raise BadInput(f"{name}: {len(prompt)} prompt and {len(reply)} reply tokens exceed the model's context of {config.max_position_embeddings}")
+        raise BadInput(
+            f"{name}: {len(prompt)} prompt and {len(reply)} reply tokens exceed the model's context of {config.max_position_embeddings}"
+        )
     if min(*prompt, *reply, config.vocab_size) < 0 or max(*prompt, *reply, -1) >= config.vocab_size:
         raise BadInput(f"{name}: a token is outside the vocabulary of {config.vocab_size}; was it sampled from another model?")
 
@@ -123,7 +125,8 @@ class Scorer:
 # %% ../../nbs/20_logprobs.ipynb #dfb6b4fa
 def _params_of(lm) -> Params:
     params = getattr(lm, "params", None)
-    if not isinstance(params, Params): raise BadInput(f"{getattr(lm, 'name', lm)!r} cannot score: scoring needs a local model of the JAX engine")
+    if not isinstance(params, Params):
+        raise BadInput(f"{getattr(lm, 'name', lm)!r} cannot score: scoring needs a local model of the JAX engine")
     return params
 
 def _in_dtype(params: Params, dtype: str) -> Params:

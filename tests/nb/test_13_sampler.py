@@ -14,7 +14,20 @@ from synthlab.lm.sampler import *
 from synthlab.lm.jaxlm import logits, log_probs, random_params
 
 def small(family="llama", seed=0, **kw):
-    c = dict(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48, norm_eps=1e-5, max_position_embeddings=300) | kw
+    c = (
+        dict(
+            vocab_size=64,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            ffn_size=48,
+            norm_eps=1e-5,
+            max_position_embeddings=300,
+        )
+        | kw
+    )
     return random_params(Config(family, **c), seed, scale=.35)
 
 
@@ -64,7 +77,15 @@ def test_company_and_seat_do_not_matter():
     p = small(vocab_size=101)
     prompts = [[1, 2, 3], [9] * 20, [5] * 70] * 8
     def bits(order, batch_size):
-        out = generate(p, [prompts[i] for i in order], [100 + i for i in order], temperature=1.0, max_tokens=24, eos_ids=[7], batch_size=batch_size)
+        out = generate(
+            p,
+            [prompts[i] for i in order],
+            [100 + i for i in order],
+            temperature=1.0,
+            max_tokens=24,
+            eos_ids=[7],
+            batch_size=batch_size,
+        )
         return {order[i]: (s.token_ids.tobytes(), s.logprobs.tobytes(), s.finish_reason) for i, s in out}
     whole = bits(range(24), None)
     assert len(whole) == 24 and len({w[0] for w in whole.values()}) == 24
@@ -79,7 +100,12 @@ def test_a_run_compiles_few_programs():
     programs = lambda: np.array([inside[f]._cache_size() for f in ("_decode", "_prefill")])
     before = programs()
     rng = np.random.default_rng(0)
-    for n in (1, 2, 5, 40, 63, 64): list(generate(p, [[3] * n] * 3, range(3), temperature=float(rng.uniform(.1, 2)), max_tokens=int(rng.integers(17, 25)), eos_ids=[1]))
+    for n in (1, 2, 5, 40, 63, 64):
+        list(
+            generate(
+                p, [[3] * n] * 3, range(3), temperature=float(rng.uniform(0.1, 2)), max_tokens=int(rng.integers(17, 25)), eos_ids=[1]
+            )
+        )
     assert (programs() - before).tolist() == [1, 1]
     assert [bucket(n) for n in (1, 16, 17, 33, 300, 513, 769, 2000)] == [16, 16, 32, 64, 512, 768, 1024, 2048]
 
@@ -88,7 +114,8 @@ def test_impossible_requests_are_named():
     import pytest
     p, ask = small(), dict(temperature=1., max_tokens=10, eos_ids=[1])
     with pytest.raises(BadInput, match="row 1: the prompt is empty"): generate(p, [[1], []], [0, 1], **ask)
-    with pytest.raises(BadInput, match="row 0: 291 prompt tokens and max_tokens=10 exceed the model's context of 300"): generate(p, [[1] * 291], [0], **ask)
+    with pytest.raises(BadInput, match="row 0: 291 prompt tokens and max_tokens=10 exceed the model's context of 300"):
+        generate(p, [[1] * 291], [0], **ask)
     with pytest.raises(BadInput, match="row 0: the prompt holds a token outside"): generate(p, [[64]], [0], **ask)
     with pytest.raises(BadInput, match="row 0: seed -1"): generate(p, [[1]], [-1], **ask)
     with pytest.raises(BadInput, match="top_p=0"): generate(p, [[1]], [0], top_p=0, **ask)

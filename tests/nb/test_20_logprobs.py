@@ -2,7 +2,7 @@
 import pytest
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import jax, jax.numpy as jnp, numpy as np, pandas as pd
 from synthlab.core import BadInput, Group, Rollout
 from synthlab.lm.jaxlm import Params, row_blocks, run_layers, token_logprobs
@@ -15,15 +15,35 @@ from synthlab.core import new_task
 from synthlab.lm.jaxlm import Config, log_probs, random_params
 
 def small_lm():
-    c = Config("llama", vocab_size=128, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48, norm_eps=1e-5, max_position_embeddings=300)
-    return SimpleNamespace(name="tiny", revision="1", params=random_params(c, scale=.35), encode=lambda ms: [1, *(ord(ch) % 128 for m in ms for ch in m["content"]), 2],
-                           encode_reply=lambda t: [ord(ch) % 128 for ch in t])
+    c = Config(
+        "llama",
+        vocab_size=128,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        ffn_size=48,
+        norm_eps=1e-5,
+        max_position_embeddings=300,
+    )
+    return SimpleNamespace(
+        name="tiny",
+        revision="1",
+        params=random_params(c, scale=0.35),
+        encode=lambda ms: [1, *(ord(ch) % 128 for m in ms for ch in m["content"]), 2],
+        encode_reply=lambda t: [ord(ch) % 128 for ch in t],
+    )
 
 
 def test_head_matches_a_float64_oracle():
     rng = np.random.default_rng(1)
     for N, D, V, scale in [(7, 16, 1000, 1.), (33, 64, 5001, .5), (1, 8, 3, 2.), (4, 32, 9000, 3.)]:
-        h, w, y = rng.normal(size=(N, D)).astype(np.float32), (rng.normal(size=(V, D)) * scale / np.sqrt(D)).astype(np.float32), rng.integers(0, V, N)
+        h, w, y = (
+            rng.normal(size=(N, D)).astype(np.float32),
+            (rng.normal(size=(V, D)) * scale / np.sqrt(D)).astype(np.float32),
+            rng.integers(0, V, N),
+        )
         z = h.astype(np.float64) @ w.astype(np.float64).T
         logp = z - z.max(-1, keepdims=True); logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
         got_lp, got_H = token_logprobs(jnp.asarray(h), jnp.asarray(w), jnp.asarray(y))
@@ -81,8 +101,19 @@ def test_a_scoring_run_compiles_few_programs():
 def test_every_rollout_has_a_row_in_order():
     lm = small_lm()
     tasks = [new_task(q) for q in ("one?", "two, which is longer?")]
-    groups = [Group(t, [Rollout(t.id, 0, "abc"), Rollout(t.id, 1, ""), Rollout(t.id, 2, "", finish_reason="error", error="timeout"),
-                        Rollout(t.id, 3, "abcd", token_ids=[5, 6], model="tiny@1"), Rollout(t.id, 4, "abcd", token_ids=[999], model="other@1")]) for t in tasks]
+    groups = [
+        Group(
+            t,
+            [
+                Rollout(t.id, 0, "abc"),
+                Rollout(t.id, 1, ""),
+                Rollout(t.id, 2, "", finish_reason="error", error="timeout"),
+                Rollout(t.id, 3, "abcd", token_ids=[5, 6], model="tiny@1"),
+                Rollout(t.id, 4, "abcd", token_ids=[999], model="other@1"),
+            ],
+        )
+        for t in tasks
+    ]
     df = score(lm, groups, tokens=True)
     assert df.task_id.tolist() == [t.id for t in tasks for _ in range(5)] and df["index"].tolist() == [*range(5)] * 2
     assert df.n_tokens.tolist() == [3, 0, 0, 2, 4] * 2 and df.nll.isna().tolist() == [False, True, True, False, False] * 2
@@ -98,7 +129,9 @@ def test_every_rollout_has_a_row_in_order():
 def test_what_cannot_be_scored_is_named():
     import pytest
     lm, t = small_lm(), new_task("q?")
-    with pytest.raises(BadInput, match=f"rollout 7 of task {t.id}: 4 prompt and 300 reply tokens exceed"): score(lm, [Group(t, [Rollout(t.id, 7, "a" * 300)])])
-    with pytest.raises(BadInput, match="rollout 0 .* outside the vocabulary of 128"): score(lm, [Group(t, [Rollout(t.id, 0, "a", token_ids=[500], model="tiny@1")])])
+    with pytest.raises(BadInput, match=f"rollout 7 of task {t.id}: 4 prompt and 300 reply tokens exceed"):
+        score(lm, [Group(t, [Rollout(t.id, 7, "a" * 300)])])
+    with pytest.raises(BadInput, match="rollout 0 .* outside the vocabulary of 128"):
+        score(lm, [Group(t, [Rollout(t.id, 0, "a", token_ids=[500], model="tiny@1")])])
     with pytest.raises(BadInput, match="cannot score"): score(SimpleNamespace(name="remote"), [])
     with pytest.raises(BadInput, match="row 1: the prompt is empty"): score_replies(lm.params, [[1], []], [[1], [2]])
