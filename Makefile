@@ -56,4 +56,4 @@ lint: .venv/.dev
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv runs build dist _docs *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/.hypothesis
+	rm -rf .venv runs build dist _docs jupyter_execute *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/.hypothesis
