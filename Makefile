@@ -42,7 +42,7 @@ lab: .venv/.dev
 	$(BIN)/jupyter lab nbs
 
 bench: .venv/.dev
-	$(BIN)/python -m pytest tests/bench -m "" --override-ini addopts=-q
+	$(BIN)/python tests/bench/speed.py
 
 docs: .venv/.dev
 	$(BIN)/sphinx-build -q -b html nbs _docs
