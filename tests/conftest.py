@@ -1,8 +1,9 @@
-"""A real JupyterLab and a headless Chromium for the tests that need them, each started once and only when asked for."""
+"""A real JupyterLab and a headless Chromium for the tests that need them, each started only when asked for."""
 import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,9 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--disable-dev-shm-usage"]
 QUIET = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}}
+
+# A shell's background jobs ignore Ctrl-C and their children inherit that; the tests of interrupts need it to be heard.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def free_port():
@@ -73,7 +77,7 @@ def lab(tmp_path_factory):
         if process.poll() is None: os.killpg(process.pid, 9)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     "The system's Chromium, headless; nothing is downloaded."
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'synthlab[dev]'")

@@ -327,7 +327,7 @@ def test_specs_are_parsed_and_bad_ones_explained(monkeypatch):
     for bad in ("m@localhost:8000/v1", "m@ftp://host/v1", "m@http://", "m@http://host:port/v1", "m@https://me:pw@host/v1", "m@n@https://me:pw@host/v1", "m@https://host/v1?key=1", "@http://localhost/v1", ""):
         with pytest.raises(BadInput): openai_lm(bad)
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(BadInput, match="set the environment variable OPENAI_API_KEY"): openai_lm("gpt-5")
+    with pytest.raises(BadInput, match="set OPENAI_API_KEY in the environment"): openai_lm("gpt-5")
     assert openai_lm("m@http://127.0.0.1:1/v1").name == "m"
 
 
