@@ -1,5 +1,6 @@
 """Make everything that is generated from the notebooks: the library (nbdev-export), the tests of the pages, and README.md."""
 import ast
+import json
 import re
 import shutil
 import sys
@@ -70,7 +71,17 @@ def readme(path=Path("nbs/index.ipynb")):
     return "\n\n".join(parts) + "\n"
 
 
+def drop_stderr(path):
+    "Remove saved progress bars and warnings: they hold timings and paths."
+    page = json.loads(path.read_text(encoding="utf-8"))
+    before = json.dumps(page)
+    for cell in page["cells"]:
+        if "outputs" in cell: cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+    if json.dumps(page) != before: path.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main():
+    for path in Path("nbs").glob("*.ipynb"): drop_stderr(path)
     nbdev_export.__wrapped__()
     sync_tests()
     if Path("nbs/index.ipynb").exists(): Path("README.md").write_text(readme(), encoding="utf-8")

@@ -66,4 +66,5 @@ def test_page_form(path):
     assert max([sum(1 for line in s.split("\n") if line.strip()) for s in code if s.startswith("#| export")], default=0) <= 40, "an exported cell is at most 40 lines"
     outputs = [o for c in cells(path) for o in c.get("outputs", [])]
     assert not [o for o in outputs if o["output_type"] == "error"], "no saved error"
+    assert not [o for o in outputs if o.get("name") == "stderr"], "no saved progress bars or warnings; run `make sync`"
     assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})], "no saved widget state"

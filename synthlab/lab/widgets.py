@@ -10,6 +10,7 @@ __all__ = ['FILTERS', 'CSS', 'Case', 'make_cases', 'check_groups', 'majority_vot
 
 # %% ../../nbs/81_widgets.ipynb #b327e6f0
 import json, math, threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -460,13 +461,18 @@ def _has_front_end() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 # %% ../../nbs/81_widgets.ipynb #da9e9a61
-class Live:
+class Live(ABC):
     "A page of HTML that redraws after each action. Subclasses give `pages`, `step` and `still`; actions take effect one at a time, on whatever thread they come."
 
     def __init__(self): self._widget, self._lock = None, threading.RLock()
-    def pages(self) -> dict[str, str]: raise NotImplementedError  # {"page": ..., "options": ...} for the state now
-    def still(self) -> str: raise NotImplementedError  # the static rendering of the state now
-    def step(self, action: str, value: str) -> None: raise NotImplementedError  # change the state
+
+    @abstractmethod
+    def pages(self) -> dict[str, str]: "Render the state now: {'page': ..., 'options': ...}."
+    @abstractmethod
+    def still(self) -> str: "Render the state now as static HTML."
+    @abstractmethod
+    def step(self, action: str, value: str) -> None: "Change the state."
+
 
     def act(self, action: str, value: str = "") -> None:
         "Apply one action and redraw."

@@ -2,6 +2,7 @@
 import pytest
 
 import json, math, threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
