@@ -62,6 +62,7 @@ def test_every_module_has_one_page():
 def test_page_form(path):
     code = ["".join(c["source"]) for c in cells(path) if c["cell_type"] == "code"]
     assert "".join(cells(path)[0]["source"]).startswith("# "), "a page begins with its title"
+    assert json.loads(path.read_text(encoding="utf-8"))["metadata"]["kernelspec"]["name"] == "python3", "without a kernel, JupyterLab asks for one"
     assert path.stat().st_size <= 300_000, "a page is at most 300 kB"
     assert max([sum(1 for line in s.split("\n") if line.strip()) for s in code if s.startswith("#| export")], default=0) <= 40, "an exported cell is at most 40 lines"
     outputs = [o for c in cells(path) for o in c.get("outputs", [])]

@@ -206,7 +206,7 @@ def cat(
     "Compute as Teacher: sample rollouts, estimate references, compare, and write a data set and a report."
     s = RunSettings(tasks, n, rollouts, model, anchor, estimators, seed, temperature, max_tokens, show_question, config, skip_bad)
     result = run_cat(out, s)
-    console = Console()
+    console = Console(force_jupyter=False)  # a terminal program writes to standard output, also when it is called from a kernel
     console.print(summary_table(result.table))
     console.print(f"rollouts: {result.accounting}", highlight=False)
     for label, name in (("data set", "dataset"), ("rollouts", "rollouts.parquet"), ("report", "report.html")):
