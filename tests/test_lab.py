@@ -1,5 +1,6 @@
 """The notebooks in a real JupyterLab, and the explorer and the report in a real browser. Needs Chromium; skipped with a reason without it."""
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def end_kernel(page):
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=() if p.stem in FAST else pytest.mark.slow) for p in PAGES])
 def test_a_page_runs_top_to_bottom_in_jupyterlab(lab, chromium, watch, path):
     page = watch.follow(chromium.new_page(), lab.base)
+    shutil.copytree(ROOT / "nbs/results", lab.root / "results", dirs_exist_ok=True)  # saved tables that pages show
     try:
         open_notebook(page, lab, runnable(path), path.name)
         run_all(page, 240)
