@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,14 +68,24 @@ def test_ctrl_c_keeps_what_was_finished_and_says_how_to_go_on(tmp_path):
     assert 0 < Store(tmp_path).counts()["completion"] < 64 and set(made(tmp_path)) == {"run.json"}
 
 
+@contextmanager
+def mounted(folder, options):
+    "A tmpfs of one megabyte, mounted for the length of a test."
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=1m,{options}", "none", str(folder)], capture_output=True).returncode: pytest.skip("mounting a tmpfs needs root")
+    try: yield folder
+    finally: subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
-    "A file system of one megabyte."
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode: pytest.skip("mounting a tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "rw") as disk: yield disk
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    "A folder that even root cannot write to."
+    with mounted(tmp_path / "ro", "ro") as folder: yield folder
 
 
 def test_a_full_disk_is_explained_and_the_run_goes_on_later(small_disk, tmp_path):
@@ -92,16 +103,6 @@ def test_a_full_disk_is_explained_and_the_run_goes_on_later(small_disk, tmp_path
 def test_a_write_that_does_not_fit_leaves_nothing(small_disk):
     with pytest.raises(BadInput, match="nothing was left behind"): atomic_write(small_disk / "big", b"x" * 2_000_000)
     assert list(small_disk.iterdir()) == []
-
-
-@pytest.fixture
-def read_only(tmp_path):
-    "A folder that even root cannot write to."
-    folder = tmp_path / "ro"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(folder)], capture_output=True).returncode: pytest.skip("mounting needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_read_only_folder_is_explained(read_only):
