@@ -21,6 +21,10 @@ export TOKENIZERS_PARALLELISM := false
 	$(PIP) -e ".[dev]" -c constraints.txt
 	touch $@
 
+.venv/.bench: .venv/.dev
+	$(PIP) -e ".[bench]" -c constraints.txt
+	touch $@
+
 # Chromium is needed by the browser tests only; without it they are skipped and say so.
 system:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { apt-get update -qq; apt-get install -y -qq chromium >/dev/null; }; } \
@@ -41,8 +45,8 @@ test-slow: .venv/.dev system
 lab: .venv/.dev
 	$(BIN)/jupyter lab nbs
 
-bench: .venv/.dev
-	$(BIN)/python tests/bench/speed.py
+bench: .venv/.bench
+	$(BIN)/python tests/bench
 
 docs: .venv/.dev
 	$(BIN)/sphinx-build -q -b html nbs _docs

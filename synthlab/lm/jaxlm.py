@@ -254,7 +254,8 @@ def token_logprobs(
     hidden: jax.Array,  # (N, D) final hidden states
     weight: jax.Array,  # (V, D) output matrix
     targets: jax.Array,  # (N,) int
-    tile: int = 4096,  # vocabulary columns at a time; changes memory, not the result
+    tile: int = 2048,  # vocabulary columns at a time; changes memory, not the result
+    dtype=None,  # of the products, accumulated in float32; None: the weights' own
 ) -> tuple[jax.Array, jax.Array]:  # log-prob of each target (N,), entropy of each distribution (N,); nats, float32
     "Log-probability and entropy without ever holding N x V logits. Differentiable; the tiles are recomputed on the way back."
     (N, _), V = hidden.shape, weight.shape[0]
@@ -262,7 +263,7 @@ def token_logprobs(
     @jax.checkpoint
     def visit(state, i):
         start = jnp.minimum(i * tile, V - tile)  # the last tile overlaps the one before it: its first columns are masked
-        z = dot(hidden, lax.dynamic_slice_in_dim(weight, start, tile).T)
+        z = dot(hidden, lax.dynamic_slice_in_dim(weight, start, tile).T.astype(dtype or weight.dtype))
         z = jnp.where(start + jnp.arange(tile) >= i * tile, z, -jnp.inf)
         return _tile_update(state, z, jnp.where(targets >= i * tile, targets, -1), start), None
     zero = jnp.zeros(N, jnp.float32)

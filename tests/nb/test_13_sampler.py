@@ -6,6 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
 from jax.sharding import Mesh
