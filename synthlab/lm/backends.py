@@ -38,6 +38,7 @@ class Sampling:
     top_k: int = 0  # keep the k most likely tokens; 0 keeps all
     max_tokens: int = 256  # generation stops here with finish_reason "length"
     stop: tuple[str, ...] = ()  # generation stops before the first of these texts
+    min_p: float = 0.0  # keep tokens at least this share of the likeliest one's probability; 0 keeps all
 
     def __post_init__(self):
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -46,9 +47,15 @@ class Sampling:
             "top_p": 0 < self.top_p <= 1,
             "top_k": self.top_k >= 0,
             "max_tokens": self.max_tokens >= 1,
+            "min_p": 0 <= self.min_p <= 1,
         }
         for name, good in checks.items():
             if not good: raise BadInput(f"sampling: {name}={getattr(self, name)!r} is out of range")
+
+    @property
+    def key_part(self) -> dict:
+        "What identifies this sampling in a journal key; a `min_p` of 0 is left out, so that keys are as they were before there was one."
+        return {k: v for k, v in asdict(self).items() if k != "min_p" or v}
 
 # %% ../../nbs/10_backends.ipynb #f2d89f00
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Request:
     @property
     def prompt_key(self) -> str:
         "Identity of everything but the seed: requests that share it can share the work on the prompt."
-        return content_id(self.messages, asdict(self.sampling))
+        return content_id(self.messages, self.sampling.key_part)
 
 # %% ../../nbs/10_backends.ipynb #7954028e
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ def model_id(lm: LM) -> str:
 
 def completion_key(model: str, req: Request) -> str:
     "Journal key of the completion of `req` by the model with this id."
-    return work_key("completion", model, messages=list(req.messages), sampling=asdict(req.sampling), seed=req.seed)
+    return work_key("completion", model, messages=list(req.messages), sampling=req.sampling.key_part, seed=req.seed)
 
 # %% ../../nbs/10_backends.ipynb #58f16f5e
 def _stub_reply(req: Request) -> str:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Layer', 'FAMILIES', 'Config', 'Params', 'rms_norm', 'dot', 'rope_frequencies', 'rope_angles', 'rotate', 'attention',
            'project_qkv', 'swiglu', 'finish_layer', 'run_layers', 'hidden_states', 'logits', 'array_shapes',
-           'random_params', 'token_logprobs', 'row_blocks', 'log_probs', 'config_from_hf', 'load_jax_model',
-           'params_from_torch', 'cache_root', 'embedded_gguf', 'gguf_to_folder', 'embedded_folder']
+           'random_params', 'as_bits', 'from_bits', 'token_logprobs', 'row_blocks', 'log_probs', 'config_from_hf',
+           'load_jax_model', 'params_from_torch', 'cache_root', 'embedded_gguf', 'gguf_to_folder', 'embedded_folder']
 
 # %% ../../nbs/11_jaxlm.ipynb #e1da8312
 import hashlib, importlib.util, json, os, shutil
@@ -250,6 +250,15 @@ def _tile_update(state, z, targets, start):
             jnp.where((at >= 0) & (at < z.shape[1]), mine, picked))
 
 # %% ../../nbs/11_jaxlm.ipynb #d48c4be9
+def as_bits(a: jax.Array) -> jax.Array:
+    "Hide that an array is bfloat16, so that XLA does not convert all of it to float32 before a part is cut out."
+    return lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a
+
+def from_bits(a: jax.Array) -> jax.Array:
+    "Undo `as_bits`."
+    return lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
+
+# %% ../../nbs/11_jaxlm.ipynb #8e6cf01e
 def token_logprobs(
     hidden: jax.Array,  # (N, D) final hidden states
     weight: jax.Array,  # (V, D) output matrix
@@ -259,11 +268,11 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:  # log-prob of each target (N,), entropy of each distribution (N,); nats, float32
     "Log-probability and entropy without ever holding N x V logits. Differentiable; the tiles are recomputed on the way back."
     (N, _), V = hidden.shape, weight.shape[0]
-    tile = min(tile, V)
+    tile, bits = min(tile, V), as_bits(weight)
     @jax.checkpoint
     def visit(state, i):
         start = jnp.minimum(i * tile, V - tile)  # the last tile overlaps the one before it: its first columns are masked
-        z = dot(hidden, lax.dynamic_slice_in_dim(weight, start, tile).T.astype(dtype or weight.dtype))
+        z = dot(hidden, from_bits(lax.dynamic_slice_in_dim(bits, start, tile)).T.astype(dtype or weight.dtype))
         z = jnp.where(start + jnp.arange(tile) >= i * tile, z, -jnp.inf)
         return _tile_update(state, z, jnp.where(targets >= i * tile, targets, -1), start), None
     zero = jnp.zeros(N, jnp.float32)

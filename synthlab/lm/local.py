@@ -134,7 +134,7 @@ class LocalLM(TextModel):
     def _completion(self, drawn: Sample, sampling: Sampling, n_prompt: int) -> Completion:
         ids, logprobs = [int(t) for t in drawn.token_ids], [float(x) for x in drawn.logprobs]
         text, n, stopped = _cut(self.decode, ids, sampling.stop)
-        return Completion(text, ids[:n], logprobs[:n], "stop" if stopped else drawn.finish_reason, Usage(n_prompt, len(ids), 1))
+        return Completion(text, ids[:n], logprobs[:n], "stop" if stopped else drawn.finish_reason, Usage(n_prompt, n, 1))
 
     def logprobs(self, pairs: Sequence[tuple[Sequence[Message], str]]) -> list[np.ndarray]:
         "Natural-log probability of each token of each reply, given its messages."
@@ -158,12 +158,13 @@ class LocalLM(TextModel):
 
 # %% ../../nbs/14_local.ipynb #10ec054f
 def _cut(decode: Callable, ids: list[int], stop: Sequence[str]) -> tuple[str, int, bool]:
-    "Text before the first stop string, the number of tokens up to and including it, and whether there was one."
-    text = decode(ids)
-    found = [p for s in stop if s and (p := text.find(s)) >= 0]
-    if not found: return text, len(ids), False
-    n = next(n for n in range(1, len(ids) + 1) if any(s in decode(ids[:n]) for s in stop if s))
-    return text[:min(found)], n, True
+    "Text before the first stop string, the number of tokens up to the one that completes it, and whether there was one. Tokens after that one have no say."
+    if not _has_stop(text := decode(ids), stop): return text, len(ids), False
+    n = next(n for n in range(1, len(ids) + 1) if _has_stop(decode(ids[:n]), stop))
+    text = decode(ids[:n])
+    return text[:min(p for s in stop if s and (p := text.find(s)) >= 0)], n, True
+
+def _has_stop(text: str, stop: Sequence[str]) -> bool: return any(s in text for s in stop if s)
 
 def _jax_samples(lm: LocalLM, prompts, seeds, s: Sampling, batch_size):
     return generate(
@@ -173,9 +174,11 @@ def _jax_samples(lm: LocalLM, prompts, seeds, s: Sampling, batch_size):
         temperature=s.temperature,
         top_k=s.top_k,
         top_p=s.top_p,
+        min_p=s.min_p,
         max_tokens=s.max_tokens,
         eos_ids=lm.eos_ids,
         batch_size=batch_size,
+        finished=(lambda ids: _has_stop(lm.decode(ids), s.stop)) if any(s.stop) else None,
     )
 
 # %% ../../nbs/14_local.ipynb #c9a22cd5
@@ -183,6 +186,7 @@ def _draw(logprobs: np.ndarray, s: Sampling, rng: np.random.Generator) -> int:
     "Draw a token from (V,) log-probabilities under the sampling rule."
     if s.temperature == 0: return int(logprobs.argmax())
     x = logprobs / s.temperature
+    if s.min_p: x = np.where(x >= x.max() + np.log(s.min_p), x, -np.inf)
     if s.top_k and s.top_k < len(x): x = np.where(x >= np.partition(x, -s.top_k)[-s.top_k], x, -np.inf)
     if s.top_p < 1:
         order = np.argsort(-x, kind="stable")

@@ -299,7 +299,7 @@ def _whole_fault(lm: _Endpoint, why: str, fault: Fault) -> LMError:
     return LMError(f"{lm.name} at {lm.base_url}: {why}. What to do: {do.get(fault.status or 0, 'check the account and the base URL')}")
 
 # %% ../../nbs/15_remote.ipynb #ad5a58e9
-_OPTIONAL = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs", "top_logprobs", "n")
+_OPTIONAL = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logprobs", "top_logprobs", "n")
 _REFUSED = re.compile(
     r"unsupported|not supported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs|deprecated|only the default",
     re.I,
@@ -376,7 +376,7 @@ def _openai_args(lm: OpenAIChat, req: Request, n: int) -> dict:
     if s.stop: args["stop"] = list(s.stop)
     if n > 1: args["n"] = n
     if lm.logprobs != "off" and caps.get("logprobs") != "rejected": args |= {"logprobs": True, "top_logprobs": 1}
-    extra = {**lm.extra_body, **({"top_k": s.top_k} if s.top_k else {})}
+    extra = {**lm.extra_body, **{k: v for k in ("top_k", "min_p") if (v := getattr(s, k))}}
     keep = lambda d: {k: v for k, v in d.items() if caps.get(k) != "rejected"}
     return {"model": lm.name, "messages": list(req.messages), **keep(args), "extra_body": keep(extra)}
 
@@ -499,6 +499,7 @@ def _anthropic_args(lm: AnthropicChat, req: Request) -> dict:
     "Spell a request for the Messages API. Raises `BadInput` for what it cannot express."
     s, keep = req.sampling, lambda d: {k: v for k, v in d.items() if lm.capabilities.get(k) != "rejected"}
     if s.temperature > 1: raise BadInput(f"{lm.name}: Anthropic takes temperatures from 0 to 1, got {s.temperature:g}")
+    if s.min_p: raise BadInput(f"{lm.name}: Anthropic has no min_p, got {s.min_p:g}; use top_p or top_k")
     turns: list[Message] = [m for m in req.messages if m["role"] not in ("system", "developer")]
     if not turns: raise BadInput(f"{lm.name}: a request needs a user message besides the system message")
     drawn = {

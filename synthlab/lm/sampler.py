@@ -124,15 +124,15 @@ def tile_for(
     config: Config,
     prompt_length: int,
     max_tokens: int,
-    rows: int,  # rows wanted
+    rows: int,  # what the device works on at a time; fewer where two caches would exceed 1 GiB
     shared: float,  # requests that have the same prompt, on average
 ) -> Tile:
-    "Choose a tile: P and S are the request's own; the number of rows changes speed and never a result."
+    "Choose a tile: P, S and the number of rows follow from the request and the device; how rows are seated changes speed and never a result."
     P, S = bucket(prompt_length, 128), bucket(max_tokens)
     lanes = 4 if shared > 2 else 1
     positions = 2**30 // (8 * config.num_layers * config.num_kv_heads * config.head_dim)  # float32 keys and values in 1 GiB
-    fit = positions // (P // lanes + S)
-    return Tile(P, S, 2 ** int(np.log2(max(8, min(fit, rows)))) // lanes, lanes)
+    fit = positions // (P + S)
+    return Tile(P, S, 2 ** int(np.log2(max(4, min(fit, rows)))) // lanes, lanes)
 
 # %% ../../nbs/13_sampler.ipynb #54947dcc
 Array = Any  # a NumPy array between turns, a JAX array inside the program
@@ -321,21 +321,20 @@ def _together(workers: Sequence[_Worker]) -> Iterator[tuple[int, Sample]]:
         stop.set()
         for t in threads: t.join()
 
-def _rows(wanted: int, cpu: bool) -> int: return 128 if not cpu else 16 if wanted > 8 else 8
-
 def _generate(params, prompts, seeds, max_tokens, batch_size, settings, finished, mesh: Mesh | None) -> Iterator[tuple[int, Sample]]:
     "Sample one prompt bucket after another."
     buckets: dict[int, list[int]] = {}
     for i, p in enumerate(prompts): buckets.setdefault(bucket(len(p), 128), []).append(i)
     devices = list(params.embed.devices())[:1] if mesh is None else list(mesh.devices.flat)
     models = [_Model(params if mesh is None else jax.device_put(params, d)) for d in devices]
-    if cpu := devices[0].platform == "cpu": models = models * 2
+    cpu = devices[0].platform == "cpu"
     for rows in buckets.values():
         shared = len(rows) / len({prompts[i] for i in rows})
-        wanted = -(-min(batch_size or len(rows), len(rows)) // len(models))
-        tile = tile_for(params.config, len(prompts[rows[0]]), max_tokens, _rows(wanted, cpu), shared)
+        tile = tile_for(params.config, len(prompts[rows[0]]), max_tokens, 16 if cpu else 128, shared)
+        busy = -(-min(batch_size or len(rows), len(rows)) // tile.rows)  # tiles that have something to do
+        crew = (models * 2 if cpu else models)[:busy]
         parts = _parts(prompts, rows, tile.lanes)
-        yield from _together([_Worker(m, tile, parts, seeds, settings, finished) for m in models[:len(parts)]])
+        yield from _together([_Worker(m, tile, parts, seeds, settings, finished) for m in crew])
 
 # %% ../../nbs/13_sampler.ipynb #9acc94d3
 def _check(config: Config, prompts, seeds, max_tokens) -> None:
@@ -362,7 +361,7 @@ def generate(
     min_p: float = 0.0,
     max_tokens: int,
     eos_ids: Collection[int],  # a row ends when it draws one of these
-    batch_size: int | None = None,  # rows wanted in a tile; changes speed and never a result
+    batch_size: int | None = None,  # rows to decode together, rounded up to whole tiles; changes speed and never a result
     mesh: Mesh | None = None,  # sample on all of its devices, each with a copy of the weights; None: where the weights are
     finished: Callable[[list[int]], bool] | None = None,  # asked every few tokens; True ends a row early
 ) -> Iterator[tuple[int, Sample]]:  # (position in `prompts`, sample), as rows finish

@@ -16,7 +16,7 @@ import jax, jax.numpy as jnp, numpy as np, pandas as pd
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..core import BadInput, Group, Rollout
-from ..lm.jaxlm import Config, Layer, Params, finish_layer, project_qkv, rms_norm, rope_angles, token_logprobs
+from ..lm.jaxlm import Config, Layer, Params, as_bits, finish_layer, from_bits, project_qkv, rms_norm, rope_angles, token_logprobs
 from ..lm.sampler import attend_part, join_parts
 
 # %% ../../nbs/20_logprobs.ipynb #190080b3
@@ -167,16 +167,17 @@ def run_stream(params: Params, s: Stream, dtype) -> jax.Array:  # (N + ROWS, D),
     longer = lambda a: jnp.pad(a, [(0, ROWS)] + [(0, 0)] * (a.ndim - 1))  # so that the last block may reach over the end
     s = replace(s, ids=longer(s.ids), positions=longer(s.positions))
     angles = rope_angles(c, s.positions)
-    embed = lambda i, x: _put(x, params.embed[_cut(s.ids, i, ROWS, 0)], i, 0)
+    bits = as_bits(params.embed)
+    embed = lambda i, x: _put(x, from_bits(bits[_cut(s.ids, i, ROWS, 0)]), i, 0)
     x = _each(s.length, ROWS, embed, jnp.zeros((M, c.hidden_size)))
     def step(carry, layer):
         x, heads = carry
-        layer = {name: a.astype(dtype) if a.ndim == 2 else a for name, a in layer.items()}
+        layer = {name: from_bits(a).astype(dtype if a.ndim == 2 else jnp.float32) for name, a in layer.items()}
         heads = _each(s.length, ROWS, partial(_project, c, layer, x, angles), heads)
         heads = lax.fori_loop(0, s.num_windows, partial(_see_prompt, c, s), heads)
         heads = lax.fori_loop(0, s.num_tiles, partial(_see_own, c, s), heads)
         return (_each(s.length, ROWS, partial(_finish, c, layer, heads), x), heads), None
-    return lax.scan(step, (x, _no_heads(c, M, dtype)), params.layers)[0][0]
+    return lax.scan(step, (x, _no_heads(c, M, dtype)), jax.tree.map(as_bits, params.layers))[0][0]
 
 # %% ../../nbs/20_logprobs.ipynb #858220c6
 def _score_stream(params: Params, s: Stream, dtype: str) -> tuple[jax.Array, jax.Array]:

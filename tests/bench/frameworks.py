@@ -140,7 +140,7 @@ class Transformers(Framework):
 
 class Trl(Transformers):
     "TRL's own functions: GRPOTrainer's log-probs and entropies with the fused head that it installs, on batches padded by TRL's `pad`."
-    packages, batches = ("trl", "transformers", "torch"), (4, 16)
+    packages, batches = ("trl", "transformers", "torch"), (4,)  # faster here than 16, and than all at once
 
     def load(self, folder, dtype):
         from trl.trainer.utils import add_fused_lm_head

@@ -44,8 +44,15 @@ def test_one_bad_request_does_not_take_the_others_down():
 
 def test_requests_are_checked_where_they_are_made():
     import pytest
-    for bad in (dict(temperature=-1), dict(top_p=0), dict(top_k=-1), dict(max_tokens=0)):
+    for bad in (dict(temperature=-1), dict(top_p=0), dict(top_k=-1), dict(max_tokens=0), dict(min_p=-.1), dict(min_p=1.1)):
         with pytest.raises(BadInput, match=next(iter(bad))): Sampling(**bad)
+
+
+def test_a_key_changes_only_with_what_decides_the_answer():
+    key = lambda **kw: completion_key("m@1", Request("Hi", Sampling(**kw)))
+    assert key() == key(min_p=0) == key(min_p=0.0) == "a49a14c3d5ff93286f64160652a84927bf46b190", "stored work would not be found again"
+    assert len({key(), key(min_p=.1), key(min_p=.2), key(top_p=.1)}) == 4
+    assert Request("Hi").prompt_key == "de8ee1f065c57f53" != Request("Hi", Sampling(min_p=.1)).prompt_key
 
 
 def test_a_replay_says_what_was_said_and_nothing_else():

@@ -18,6 +18,7 @@ from synthlab.lm.local import *
 
 from synthlab.lm.backends import load_lm
 from synthlab.lm.local import _draw
+lm = load_lm("embedded")
 
 
 def test_filters_keep_what_they_say():
@@ -31,6 +32,10 @@ def test_filters_keep_what_they_say():
         and support(top_p=0.79) == {0, 1}
         and support(top_p=0.81) == {0, 1, 2}
         and support(temperature=0) == {0}
+        and support(min_p=.29) == {0, 1, 2}
+        and support(min_p=.31) == {0, 1}
+        and support(min_p=.31, temperature=2) == {0, 1, 2, 3}
+        and support(min_p=.29, top_p=.8) == {0, 1}
     )
 
 
@@ -43,8 +48,7 @@ def test_draws_follow_the_softmax():
 
 
 def test_sampled_and_scored_logprobs_agree():
-    lm = load_lm("embedded")
-    [(_, c)] = lm.complete([Request("Name three colours.", Sampling(temperature=1.0, max_tokens=24), seed=5)])
+    c = dict(lm.complete([Request("Name three colours.", Sampling(temperature=1.0, max_tokens=32), seed=s) for s in (5, 6, 7, 8)]))[0]
     ids = c.token_ids[:-1] if c.token_ids[-1] in lm.eos_ids else c.token_ids
     assert lm.encode_reply(c.text) == list(ids), "this reply happens to be tokenised as it was sampled"
     again = lm.logprobs([([{"role": "user", "content": "Name three colours."}], c.text)])[0]
@@ -52,15 +56,13 @@ def test_sampled_and_scored_logprobs_agree():
 
 
 def test_a_score_does_not_depend_on_company():
-    lm = load_lm("embedded")
     pairs = [([{"role": "user", "content": f"{i} + {i} ="}], f"{2 * i} " * (i % 5 + 1)) for i in range(11)]
-    together, alone = lm.logprobs(pairs), [lm.logprobs([p])[0] for p in pairs[::3]]
-    assert all((a == b).all() for a, b in zip(together[::3], alone)) and [len(x) for x in together] == [len(lm.encode_reply(t)) for _, t in pairs]
+    together, alone = lm.logprobs(pairs), [lm.logprobs([p])[0] for p in pairs[::5]]
+    assert all((a == b).all() for a, b in zip(together[::5], alone)) and [len(x) for x in together] == [len(lm.encode_reply(t)) for _, t in pairs]
 
 
 def test_stop_strings_cut_text_and_tokens():
-    lm = load_lm("embedded")
-    req = lambda stop: Request("Count from one to ten in words.", Sampling(temperature=0, max_tokens=40, stop=stop))
+    req = lambda stop: Request("Count from one to ten in words.", Sampling(temperature=0, max_tokens=32, stop=stop))
     full, cut = list(lm.complete([req(())]))[0][1], list(lm.complete([req(("\n3",))]))[0][1]
     assert "\n3" in full.text and cut.text == full.text.split("\n3")[0] and cut.finish_reason == "stop"
     assert (
@@ -68,11 +70,25 @@ def test_stop_strings_cut_text_and_tokens():
         and "\n3" in lm.decode(cut.token_ids)
         and "\n3" not in lm.decode(cut.token_ids[:-1])
     )
+    assert full.usage.completion_tokens == len(full.token_ids) and cut.usage.completion_tokens == len(cut.token_ids)
+
+
+def test_what_follows_a_stop_text_has_no_say():
+    from synthlab.lm.local import _cut
+    assert _cut("".join, list("xaby"), ("b",)) == _cut("".join, list("xab"), ("b", "aby")) == _cut("".join, list("xaby"), ("b", "aby")) == ("xa", 3, True)
+    assert _cut("".join, list("xaby"), ("c", "")) == ("xaby", 4, False)
+
+
+def test_a_stop_text_gives_the_same_completion_at_every_concurrency():
+    asks = [Request("Count from one to ten in words.", Sampling(max_tokens=32, stop=("three", "3")), seed=s) for s in range(8)]
+    by_width = [dict(lm.complete(asks, concurrency=n)) for n in (1, 4, 32)]
+    assert by_width[0] == by_width[1] == by_width[2] and len({c.text for c in by_width[0].values()}) == 8
+    assert {len(c.token_ids) == c.usage.completion_tokens == len(c.logprobs) for c in by_width[0].values()} == {True}
+    assert {c.finish_reason for c in by_width[0].values()} == {"stop", "length"}
 
 
 def test_a_prompt_too_long_fails_alone():
-    lm = load_lm("embedded")
-    long, short = Request("word " * 9000, Sampling(max_tokens=8)), Request("Hi", Sampling(max_tokens=2))
+    long, short = (Request(q, Sampling(temperature=0, max_tokens=24)) for q in ("word " * 9000, "Hi"))
     done = dict(lm.complete([long, short]))
     assert "ContextOverflow" in done[0].error and done[1].text
 
@@ -80,7 +96,7 @@ def test_a_prompt_too_long_fails_alone():
 def test_other_architectures_run_on_transformers():
     import tempfile, torch
     from transformers import GPT2Config, GPT2LMHeadModel
-    folder, lm = tempfile.mkdtemp(), load_lm("embedded")
+    folder = tempfile.mkdtemp()
     torch.manual_seed(0)
     GPT2LMHeadModel(
         GPT2Config(vocab_size=49152, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=2)

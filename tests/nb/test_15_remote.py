@@ -136,3 +136,13 @@ def test_what_a_server_leaves_out_is_asked_for_or_said():
     seen, server, lm = meet(lambda k, body: reply("4", n=min(2, body.get("n", 1))), n=4, n_per_call=4)
     assert seen == ["4"] * 4 and [b.get("n", 1) for b in server.bodies] == [4, 1, 1] and lm.capabilities["n"] == "ignored"
     assert "log-probabilities are required" in meet(lambda k, body: reply("4"), logprobs="require")[0]
+
+
+def test_min_p_is_sent_when_it_is_set_and_refused_where_there_is_none():
+    import pytest
+    from synthlab.lm.remote import _anthropic_args, _openai_args
+    lm, plain, filtered = OpenAIChat("m", "http://localhost:1/v1"), Request("Hi", seed=0), Request("Hi", Sampling(min_p=.1))
+    assert _openai_args(lm, plain, 1)["extra_body"] == {} and _openai_args(lm, filtered, 1)["extra_body"] == {"min_p": .1}
+    claude = AnthropicChat("m", "http://localhost:1")
+    assert "min_p" not in _anthropic_args(claude, plain)["extra_body"]
+    with pytest.raises(BadInput, match="Anthropic has no min_p"): _anthropic_args(claude, filtered)

@@ -10,7 +10,7 @@ import jax, jax.numpy as jnp, numpy as np, pandas as pd
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from synthlab.core import BadInput, Group, Rollout
-from synthlab.lm.jaxlm import Config, Layer, Params, finish_layer, project_qkv, rms_norm, rope_angles, token_logprobs
+from synthlab.lm.jaxlm import Config, Layer, Params, as_bits, finish_layer, from_bits, project_qkv, rms_norm, rope_angles, token_logprobs
 from synthlab.lm.sampler import attend_part, join_parts
 
 from synthlab.scoring.logprobs import *
