@@ -39,3 +39,29 @@ def test_embedded_folder_is_complete(both):
     names = {p.name for p in embedded_folder().iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} <= names
     assert both[0].config.tied and both[0].config.num_kv_heads == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_scores_of_real_rollouts_match_transformers(both):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from synthlab.lm.sampler import generate
+    from synthlab.scoring.logprobs import score_replies
+
+    params, folder = both[0], embedded_folder()
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    questions = ["Why is the sky blue?", "What is 17 + 25? Explain each step.", "Write three sentences about a fox and a river."]
+    encode = lambda q: tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompts = [encode(q) for q in questions for _ in range(16)]
+    samples = dict(generate(params, prompts, range(48), temperature=1.0, max_tokens=64, eos_ids=[2]))
+    replies = [samples[i].token_ids.tolist() for i in range(48)]
+    assert len({tuple(r) for r in replies}) == 48
+    scored, diff, entropy = score_replies(params, prompts, replies), [], []
+    for p, r, (lp, H) in zip(prompts, replies, scored):
+        with torch.inference_mode(): z = model(torch.tensor([p + r])).logits[0, len(p) - 1:-1].double().log_softmax(-1)
+        diff.append(np.abs(lp - z.gather(-1, torch.tensor(r)[:, None])[:, 0].numpy()))
+        entropy.append(np.abs(H + (z.exp() * z).sum(-1).numpy()))
+    for d in map(np.concatenate, (diff, entropy)): assert d.max() <= 1e-3 and d.mean() <= 1e-4, (d.max(), d.mean())
+    assert max(np.abs(lp - samples[i].logprobs).max() for i, (lp, _) in enumerate(scored)) <= 1e-3
