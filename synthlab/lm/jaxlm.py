@@ -491,7 +491,7 @@ def _unpack_gguf(path: Path, dest: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, NotImplementedError) as e: raise BadInput(f"{path} cannot be unpacked: {e}") from e
+    except (OSError, ValueError, KeyError, RuntimeError) as e: raise BadInput(f"{path} cannot be unpacked: {e}") from e
     settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
     config_from_hf(settings)
     model = AutoModelForCausalLM.from_config(type(read.config).from_dict(settings), dtype=torch.float32)
