@@ -552,7 +552,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'synthlab.scoring.logprobs._score_streams': ( 'logprobs.html#_score_streams',
                                                                                          'synthlab/scoring/logprobs.py'),
                                            'synthlab.scoring.logprobs._see_own': ('logprobs.html#_see_own', 'synthlab/scoring/logprobs.py'),
-                                           'synthlab.scoring.logprobs._see_prompt': ( 'logprobs.html#_see_prompt',
+                                           'synthlab.scoring.logprobs._see_window': ( 'logprobs.html#_see_window',
                                                                                       'synthlab/scoring/logprobs.py'),
                                            'synthlab.scoring.logprobs._summary': ('logprobs.html#_summary', 'synthlab/scoring/logprobs.py'),
                                            'synthlab.scoring.logprobs._visit': ('logprobs.html#_visit', 'synthlab/scoring/logprobs.py'),

@@ -7,10 +7,12 @@ __all__ = ['ROWS', 'WINDOW', 'TILE', 'PASS', 'Array', 'Plan', 'Scores', 'Stream'
            'nll', 'reply_tokens', 'Scorer', 'score', 'token_logprobs']
 
 # %% ../../nbs/20_logprobs.ipynb #c7b21c64
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 import jax, jax.numpy as jnp, numpy as np, pandas as pd
 from jax import lax
@@ -23,10 +25,10 @@ from ..lm.sampler import attend_part, join_parts
 _all_ = ["token_logprobs"]  # offered under this name too
 
 # %% ../../nbs/20_logprobs.ipynb #11279e13
-ROWS = 512  # tokens in one matrix product
+ROWS = 256  # tokens in one matrix product
 WINDOW = 256  # rows that visit a prompt together, and keys they visit at a time
 TILE = 64  # rows that visit their own text together, and keys they visit at a time
-PASS = 4096  # tokens in flight
+PASS = 2048  # tokens of a pass
 
 Array = Any  # a NumPy array on its way in, a JAX array inside the program
 
@@ -37,9 +39,9 @@ class Stream:
     ids: Array  # (N,) tokens; N is the capacity
     positions: Array  # (N,) of each token in its prompt and reply
     length: Array  # () tokens in use
-    windows: Array  # (N, 3): first row, first row of the prompt, tokens of the prompt
+    windows: Array  # (N, 5): first row, end of the rows concerned, first key, number of keys, whether the rows have seen others before
     num_windows: Array
-    tiles: Array  # (N, 4): first row, first and last row of the text, whether a window has seen the prompt
+    tiles: Array  # (N, 4): first row, first key, end of the text, whether a window has seen others before
     num_tiles: Array
     sources: Array  # (N,) rows that predict
     targets: Array  # (N,) tokens that are predicted
@@ -51,30 +53,35 @@ def lay(
     capacity: int,  # at least the number of tokens
 ) -> Stream:  # targets in the order given; the first token of a reply to an empty prompt is not one
     "Lay texts end to end."
-    texts, windows, sources, targets, at = [], [], [], [], 0
+    texts, windows, tiles, sources, targets, at = [], [], [], [], [], 0
+    def text(start, tokens, seen):
+        "Add a text at the end of the stream, and what its rows see of itself."
+        nonlocal at
+        first, at = at, at + len(tokens)
+        texts.append((start, tokens))
+        tiles.extend((row, row - (row - first) % WINDOW, at, seen or row - first >= WINDOW) for row in range(first, at, TILE))
+        return [(row, at, first, row - first, seen) for row in range(first + WINDOW, at, WINDOW)]
     for prompt, replies in groups:
         first, P = at, len(prompt)
-        texts.append((first, 0, prompt, False))
-        begin = at = first + P
+        windows += text(0, prompt, False)
+        begin, own = at, []
         for r in (r for r in replies if len(r)):
-            texts.append((at, P, r[:-1], P > 0))
             sources += [begin - 1] * (P > 0) + list(range(at, at + len(r) - 1))
             targets.append(r if P else r[1:])
-            at += len(r) - 1
-        if P: windows += [(row, first, P) for row in range(begin, at, WINDOW)]
-    tiles = [(row, a, a + len(t), seen) for a, _, t, seen in texts for row in range(a, a + len(t), TILE)]
+            own += text(P, r[:-1], P > 0)
+        windows += [(row, at, first, P, False) for row in range(begin, at, WINDOW) if P] + own
     def fill(a, *shape):
         out = np.zeros((capacity, *shape), np.int32)
         if len(a): out[:len(a)] = a
         return out
-    ids, joined = np.concatenate([t for _, _, t, _ in texts]), np.concatenate([*targets, []])
-    positions = np.concatenate([start + np.arange(len(t)) for _, start, t, _ in texts])
+    ids, joined = np.concatenate([t for _, t in texts]), np.concatenate([*targets, []])
+    positions = np.concatenate([start + np.arange(len(t)) for start, t in texts])
     n = lambda a: np.int32(len(a))
     return Stream(
         fill(ids),
         fill(positions),
         n(ids),
-        fill(windows, 3),
+        fill(windows, 5),
         n(windows),
         fill(tiles, 4),
         n(tiles),
@@ -91,7 +98,7 @@ class Heads:
     q: jax.Array  # (k, M, G, d): query head g of key-value head k
     k: jax.Array  # (k, M, d)
     v: jax.Array  # (k, M, d)
-    o: jax.Array  # (k, M, G, d): gathered from the prompt, unnormalised; in the end the result of attention
+    o: jax.Array  # (k, M, G, d): gathered by windows, unnormalised; in the end the result of attention
     m: jax.Array  # (k, M, G) its maximum
     l: jax.Array  # (k, M, G) its sum
 
@@ -121,39 +128,39 @@ def _visit(h: Heads, q, state, row, size: int, seen):
     "Let queries look at `size` keys from `row` on."
     return join_parts(state, attend_part(q, _cut(h.k, row, size), _cut(h.v, row, size), seen))
 
-def _see_prompt(c: Config, s: Stream, i, heads: list[Heads]) -> list[Heads]:
-    "Gather one window's view of its prompt."
-    row, first, n = s.windows[i]
+def _see_window(c: Config, s: Stream, i, heads: list[Heads]) -> list[Heads]:
+    "Gather one window's view of the keys before it."
+    row, last, first, n, again = s.windows[i]
     queries = [_flat(_cut(h.q, row, WINDOW)) for h in heads]
     at = jnp.repeat(_cut(s.positions, row, WINDOW, 0), heads[0].q.shape[2])[:, None]
+    def begin(h):
+        o, m, l = (_flat(_cut(a, row, WINDOW)) for a in (h.o, h.m, h.l))
+        return jnp.where(again, o, 0.), jnp.where(again, m, -1e30), jnp.where(again, l, 0.)
     def step(start, states):
-        key = start + jnp.arange(WINDOW)
-        seen = (key < n) & (at - key < (c.window or 2**30))
+        behind = at - _cut(s.positions, first + start, WINDOW, 0)
+        seen = (start + jnp.arange(WINDOW) < n) & (behind < (c.window or 2**30))
         return [_visit(h, q, state, first + start, WINDOW, seen) for h, q, state in zip(heads, queries, states)]
-    none = lambda q: (jnp.zeros(q.shape), jnp.full(q.shape[:2], -1e30), jnp.zeros(q.shape[:2]))
-    found = _each(n, WINDOW, step, [none(q) for q in queries])
-    keep = lambda old, new: _put(old, new.reshape(old.shape[0], WINDOW, *old.shape[2:]), row)
+    found = _each(n, WINDOW, step, [begin(h) for h in heads])
+    inside = row + jnp.arange(WINDOW) < last
+    def keep(old, new):
+        new = new.reshape(old.shape[0], WINDOW, *old.shape[2:])
+        return _put(old, jnp.where(inside.reshape(-1, *[1] * (new.ndim - 2)), new, _cut(old, row, WINDOW)), row)
     return [replace(h, o=keep(h.o, o), m=keep(h.m, m), l=keep(h.l, l)) for h, (o, m, l) in zip(heads, found)]
 
 # %% ../../nbs/20_logprobs.ipynb #de6cf674
-def _see_own(c: Config, s: Stream, i, heads: list[Heads]) -> list[Heads]:
-    "Add one tile's view of its own text and normalise."
-    row, first, last, seen_prompt = s.tiles[i]
-    def begin(h):
-        o, m, l = (_flat(_cut(a, row, TILE)) for a in (h.o, h.m, h.l))
-        return jnp.where(seen_prompt, o, 0.), jnp.where(seen_prompt, m, -1e30), jnp.where(seen_prompt, l, 0.)
-    queries = [_flat(_cut(h.q, row, TILE)) for h in heads]
-    at = row + jnp.repeat(jnp.arange(TILE), heads[0].q.shape[2])[:, None]
-    def step(start, states):
+def _see_own(c: Config, s: Stream, i, h: Heads) -> Heads:
+    "Add one tile's view of its own window and normalise."
+    row, first, last, again = s.tiles[i]
+    q, o, m, l = (_flat(_cut(a, row, TILE)) for a in (h.q, h.o, h.m, h.l))
+    at = row + jnp.repeat(jnp.arange(TILE), h.q.shape[2])[:, None]
+    def step(start, state):
         behind = at - (first + start + jnp.arange(TILE))
-        seen = (behind >= 0) & (behind < (c.window or 2**30))
-        return [_visit(h, q, state, first + start, TILE, seen) for h, q, state in zip(heads, queries, states)]
-    found = _each(row - first + TILE, TILE, step, [begin(h) for h in heads])
+        return _visit(h, q, state, first + start, TILE, (behind >= 0) & (behind < (c.window or 2**30)))
+    begin = jnp.where(again, o, 0.), jnp.where(again, m, -1e30), jnp.where(again, l, 0.)
+    o, _, l = _each(row - first + TILE, TILE, step, begin)
+    new = (o / l[..., None]).reshape(-1, TILE, *h.o.shape[2:])
     inside = (row + jnp.arange(TILE) < last)[:, None, None]  # the rows behind belong to the next text
-    def keep(h, o, l):
-        new = (o / l[..., None]).reshape(-1, TILE, *h.o.shape[2:])
-        return replace(h, o=_put(h.o, jnp.where(inside, new, _cut(h.o, row, TILE)), row))
-    return [keep(h, o, l) for h, (o, _, l) in zip(heads, found)]
+    return replace(h, o=_put(h.o, jnp.where(inside, new, _cut(h.o, row, TILE)), row))
 
 def _finish(c: Config, layer: Layer, heads: list[Heads], start, x):
     "Complete the layer for one block of rows."
@@ -161,10 +168,10 @@ def _finish(c: Config, layer: Layer, heads: list[Heads], start, x):
     return _put(x, finish_layer(layer, _cut(x, start, ROWS, 0)[None], mixed[None], c)[0], start, 0)
 
 # %% ../../nbs/20_logprobs.ipynb #288c1836
-def run_stream(params: Params, s: Stream, dtype) -> jax.Array:  # (N + ROWS, D), before the last norm; rows beyond `length` are meaningless
+def run_stream(params: Params, s: Stream, dtype) -> jax.Array:  # (more than N, D), before the last norm; rows beyond `length` are meaningless
     "Run all layers over a stream, with matrix products in `dtype`."
-    c, M = params.config, len(s.ids) + ROWS
-    longer = lambda a: jnp.pad(a, [(0, ROWS)] + [(0, 0)] * (a.ndim - 1))  # so that the last block may reach over the end
+    c, over = params.config, max(ROWS, WINDOW, TILE)  # rows by which the last block may reach over the end
+    M, longer = len(s.ids) + over, lambda a: jnp.pad(a, [(0, over)] + [(0, 0)] * (a.ndim - 1))
     s = replace(s, ids=longer(s.ids), positions=longer(s.positions))
     angles = rope_angles(c, s.positions)
     bits = as_bits(params.embed)
@@ -174,8 +181,8 @@ def run_stream(params: Params, s: Stream, dtype) -> jax.Array:  # (N + ROWS, D),
         x, heads = carry
         layer = {name: from_bits(a).astype(dtype if a.ndim == 2 else jnp.float32) for name, a in layer.items()}
         heads = _each(s.length, ROWS, partial(_project, c, layer, x, angles), heads)
-        heads = lax.fori_loop(0, s.num_windows, partial(_see_prompt, c, s), heads)
-        heads = lax.fori_loop(0, s.num_tiles, partial(_see_own, c, s), heads)
+        heads = lax.fori_loop(0, s.num_windows, partial(_see_window, c, s), heads)
+        heads = [lax.fori_loop(0, s.num_tiles, partial(_see_own, c, s), h) for h in heads]
         return (_each(s.length, ROWS, partial(_finish, c, layer, heads), x), heads), None
     return lax.scan(step, (x, _no_heads(c, M, dtype)), jax.tree.map(as_bits, params.layers))[0][0]
 
@@ -207,22 +214,20 @@ def _passes(prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray]) -> Ite
     for i, p in enumerate(prompts): by_prompt.setdefault(p.tobytes(), []).append(i)
     now, used = [], 0
     for rows in by_prompt.values():
-        P = len(prompts[rows[0]])
-        ends = P + np.cumsum([max(1, len(replies[i])) for i in rows])
-        for mine in _cut_group(rows, ends, P, max(PASS, 8 * P)):
-            cost = P + sum(max(1, len(replies[i])) for i in mine)
+        P, sizes = len(prompts[rows[0]]), np.array([max(1, len(replies[i])) for i in rows])
+        for part in _cut_group(P, sizes, max(PASS, 8 * P)):
+            cost = P + int(sizes[part].sum())
             if now and used + cost > PASS: yield now, used; now, used = [], 0
-            now.append(mine); used += cost
+            now.append([rows[j] for j in part]); used += cost
     if now: yield now, used
 
-def _cut_group(rows: list[int], ends: np.ndarray, P: int, most: int) -> Iterator[list[int]]:
-    "Split a group where the tokens would exceed `most`; a part has at least one reply."
-    first = 0
-    while first < len(rows):
-        before = ends[first - 1] - P if first else 0
-        stop = max(first + 1, int(np.searchsorted(ends - before, most, side="right")))
-        yield rows[first:stop]
-        first = stop
+def _cut_group(P: int, sizes: np.ndarray, most: int) -> list[np.ndarray]:
+    "Split the replies of a group into as few parts of nearly equal size as keep each within `most` tokens; a part has at least one reply."
+    middle = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
+    for n in count(-(-int(sizes.sum()) // max(1, most - P))):
+        parts = np.split(np.arange(len(sizes)), np.flatnonzero(np.diff((middle * n).astype(int))) + 1)
+        if n >= 2 * len(sizes) or all(P + sizes[part].sum() <= most or len(part) == 1 for part in parts): return parts
+    raise AssertionError
 
 def _capacity(tokens: int) -> int: return max(1024, 2 ** int(np.ceil(np.log2(max(1, tokens)))))
 
@@ -245,11 +250,16 @@ def score_replies(
     mesh = mesh or Mesh(np.array(list(params.embed.devices())[:1]), ("data",))
     if mesh.size > 1: params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     out: list[Scores] = [(np.zeros(0, np.float32), np.zeros(0, np.float32))] * len(replies)
-    work = _passes(prompts, replies)
-    with tqdm(total=len(replies), desc="scoring", unit="reply", disable=not (len(replies) > 256 if progress is None else progress)) as bar:
-        while some := list(islice(work, mesh.size)):
-            for i, found in _run_passes(params, some, prompts, replies, dtype, mesh): out[i] = found; bar.update()
+    passes = _passes(prompts, replies)
+    work = iter(lambda: list(islice(passes, mesh.size)), [])
+    run = lambda some: list(_run_passes(params, some, prompts, replies, dtype, mesh))
+    with (tqdm(total=len(replies), desc="scoring", unit="reply", disable=not (len(replies) > 256 if progress is None else progress)) as bar,
+          ThreadPoolExecutor(2 if mesh.devices.flat[0].platform == "cpu" and mesh.size == 1 else 1) as pool):
+        for found in pool.map(run, work):
+            for i, scores in found: out[i] = scores; bar.update()
     return out
+
+_start = threading.Lock()  # so that two passes of one shape compile it once
 
 def _run_passes(params, some: list[tuple[Plan, int]], prompts, replies, dtype: str, mesh: Mesh) -> Iterator[tuple[int, Scores]]:
     "Run one pass a device and hand out the scores by reply."
@@ -257,8 +267,8 @@ def _run_passes(params, some: list[tuple[Plan, int]], prompts, replies, dtype: s
     laid = [[(prompts[rows[0]], [replies[i] for i in rows]) for rows in plan] for plan, _ in some]
     laid += [[(np.zeros(1, int), [])]] * (mesh.size - len(some))  # devices without work
     streams = jax.tree.map(lambda *a: np.stack(a), *[lay(groups, capacity) for groups in laid])
-    found = map(np.asarray, _score_streams(params, streams, dtype=dtype, mesh=mesh))
-    for (plan, _), lp, entropy in zip(some, *found):
+    with _start: found = _score_streams(params, streams, dtype=dtype, mesh=mesh)
+    for (plan, _), lp, entropy in zip(some, *map(np.asarray, found)):
         at = 0
         for i in (i for rows in plan for i in rows):
             unknown = [np.nan] * (len(prompts[i]) == 0 < len(replies[i]))
