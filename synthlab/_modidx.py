@@ -435,6 +435,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'synthlab.lm.sampler._step': ('sampler.html#_step', 'synthlab/lm/sampler.py'),
                                      'synthlab.lm.sampler._threshold': ('sampler.html#_threshold', 'synthlab/lm/sampler.py'),
                                      'synthlab.lm.sampler._together': ('sampler.html#_together', 'synthlab/lm/sampler.py'),
+                                     'synthlab.lm.sampler.attend_few': ('sampler.html#attend_few', 'synthlab/lm/sampler.py'),
                                      'synthlab.lm.sampler.attend_part': ('sampler.html#attend_part', 'synthlab/lm/sampler.py'),
                                      'synthlab.lm.sampler.bucket': ('sampler.html#bucket', 'synthlab/lm/sampler.py'),
                                      'synthlab.lm.sampler.draw': ('sampler.html#draw', 'synthlab/lm/sampler.py'),

@@ -4,6 +4,7 @@ import pytest
 import hashlib, importlib.util, json, os, shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 import jax, jax.numpy as jnp, numpy as np
