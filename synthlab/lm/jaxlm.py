@@ -259,8 +259,11 @@ def _tile_update(state, z, targets, start):
 
 # %% ../../nbs/11_jaxlm.ipynb #d48c4be9
 def as_bits(a: jax.Array) -> jax.Array:
-    "Hide that an array is bfloat16, so that XLA does not convert all of it to float32 before a part is cut out."
-    return lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a
+    "Hide that an array is bfloat16, so that XLA does not convert all of it to float32 before a part is cut out. On a CPU this is a view, but inside a program a copy."
+    if a.dtype != jnp.bfloat16: return a
+    if isinstance(a, Tracer): return lax.bitcast_convert_type(a, jnp.uint16)
+    device = next(iter(a.devices()))
+    return jax.device_put(np.asarray(a).view(np.uint16), device, may_alias=True) if device.platform == "cpu" else a
 
 def from_bits(a: jax.Array) -> jax.Array:
     "Undo `as_bits`."

@@ -95,6 +95,7 @@ def sample(
     temperature: float = 0.8,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     max_tokens: int = 256,
     stop: Sequence[str] = (),
     seed: int = 0,
@@ -105,7 +106,7 @@ def sample(
     "Sample `n` rollouts of each task. The same seed gives the same rollouts, whatever the concurrency, order or interruptions."
     _check_tasks(tasks)
     if n < 1: raise BadInput(f"n={n}: a group needs at least one rollout")
-    sampling = Sampling(temperature, top_p, top_k, max_tokens, tuple(stop))
+    sampling = Sampling(temperature, top_p, top_k, max_tokens, tuple(stop), min_p)
     store = Store(store) if isinstance(store, (str, Path)) else store
     seeds = [[derive_seed(seed, t.id, i) for i in range(n)] for t in tasks]
     requests = [Request(t.messages, sampling, s) for t, row in zip(tasks, seeds) for s in row]

@@ -248,6 +248,7 @@ def score_replies(
     prompts, replies = ([np.asarray(x, np.int64).reshape(-1) for x in some] for some in (prompt_ids, reply_ids))
     for i, (p, r) in enumerate(zip(prompts, replies, strict=True)): _check_row(params.config, f"row {i}", p, r)
     mesh = mesh or Mesh(np.array(list(params.embed.devices())[:1]), ("data",))
+    params = replace(params, **{name: jax.tree.map(as_bits, getattr(params, name)) for name in ("embed", "layers", "head")})
     if mesh.size > 1: params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     out: list[Scores] = [(np.zeros(0, np.float32), np.zeros(0, np.float32))] * len(replies)
     passes = _passes(prompts, replies)

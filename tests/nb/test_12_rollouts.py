@@ -69,6 +69,18 @@ def test_failed_calls_are_kept_apart_and_retried():
     assert mended.calls == len(bad) and all(len(g.ok) == 4 for g in b)
 
 
+def test_every_setting_reaches_the_model():
+    from synthlab.lm.backends import Sampling
+    from synthlab.lm.rollouts import sample
+    class Asked(Stub):
+        def complete(self, requests, concurrency=None):
+            seen.extend(r.sampling for r in requests)
+            return super().complete(requests, concurrency)
+    seen = []
+    sample(Asked(), TASKS[:1], n=1, temperature=.3, top_p=.9, top_k=7, min_p=.05, max_tokens=11, stop=["!"], progress=False)
+    assert seen == [Sampling(.3, .9, 7, 11, ("!",), .05)]
+
+
 def test_impossible_requests_are_refused():
     import pytest
     with pytest.raises(BadInput, match="empty"): sample(Stub(), [])
