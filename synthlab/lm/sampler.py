@@ -138,7 +138,7 @@ def tile_for(
     P, S = bucket(prompt_length, 128), bucket(max_tokens)
     positions = 2**30 // (8 * config.num_layers * config.num_kv_heads * config.head_dim)  # float32 keys and values in 1 GiB
     R = 2 ** int(np.log2(max(4, min(positions // (P + S), rows))))
-    lanes = next(n for n in (16, 8, 4, 2, 1) if n <= R and -(-shared // n) * n <= 1.25 * shared)  # few seats stay empty
+    lanes = next((n for n in (16, 8, 4, 2) if n <= R and -(-shared // n) * n <= 1.25 * shared), 1)  # few seats stay empty
     return Tile(P, S, R // lanes, lanes)
 
 # %% ../../nbs/13_sampler.ipynb #54947dcc

@@ -106,6 +106,13 @@ def test_company_and_seat_do_not_matter():
         for size in (1, 3, 4, 32): assert bits(some, size) == {i: whole[i] for i in some}, (some, size)
 
 
+def test_lanes_follow_the_size_of_the_groups():
+    from synthlab.lm.sampler import tile_for
+    lanes = lambda shared, rows=16: tile_for(small().config, 100, 32, rows, shared).lanes
+    assert [lanes(n) for n in (1, 4 / 3, 2, 3, 4, 8, 10, 16, 32)] == [1, 1, 2, 1, 4, 8, 4, 16, 16] and lanes(64, 8) == 8
+    assert all(tile_for(small().config, 100, 32, 16, n / 3).rows == 16 for n in range(3, 99))
+
+
 def test_a_run_compiles_few_programs():
     p = small(num_layers=1)
     inside = generate.__globals__
