@@ -77,18 +77,7 @@ def lay(
     ids, joined = np.concatenate([t for _, t in texts]), np.concatenate([*targets, []])
     positions = np.concatenate([start + np.arange(len(t)) for start, t in texts])
     n = lambda a: np.int32(len(a))
-    return Stream(
-        fill(ids),
-        fill(positions),
-        n(ids),
-        fill(windows, 5),
-        n(windows),
-        fill(tiles, 4),
-        n(tiles),
-        fill(sources),
-        fill(joined),
-        n(joined),
-    )
+    return Stream(fill(ids), fill(positions), n(ids), fill(windows, 5), n(windows), fill(tiles, 4), n(tiles), fill(sources), fill(joined), n(joined))
 
 # %% ../../nbs/20_logprobs.ipynb #a395ec7a
 @jax.tree_util.register_dataclass
