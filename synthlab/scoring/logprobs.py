@@ -249,6 +249,7 @@ def score_replies(
             for i, scores in found: out[i] = scores; bar.update()
     return out
 
+# %% ../../nbs/20_logprobs.ipynb #97a974c6
 _start = threading.Lock()  # so that two passes of one shape compile it once
 
 def _run_passes(params, some: list[tuple[Plan, int]], prompts, replies, dtype: str, mesh: Mesh) -> Iterator[tuple[int, Scores]]:
