@@ -63,6 +63,7 @@ class Verdict:
     value: bool | None
     cause: str = ""  # why it is unknown, or how it was decided
     detail: str = ""  # e.g. the raw reply of a judge, or the error text
+    seconds: float = field(default=0.0, compare=False, repr=False)  # wall-clock time of the check; no part of a verdict's identity, never stored
 
     def __post_init__(self):
         if self.value is None and not self.cause: raise BadInput("a Verdict of None needs a cause")
@@ -210,7 +211,7 @@ _RECORDS = {c.__name__: c for c in (Task, Usage, Rollout, Group, Reference, Crit
 def to_dict(obj: Any) -> Any:
     "Turn a record (or a list or dict holding records) into plain JSON values."
     if type(obj).__name__ in _RECORDS and isinstance(obj, _RECORDS[type(obj).__name__]):
-        return {"$type": type(obj).__name__, **{f.name: to_dict(getattr(obj, f.name)) for f in fields(obj)}}
+        return {"$type": type(obj).__name__, **{f.name: to_dict(getattr(obj, f.name)) for f in fields(obj) if f.compare}}
     if isinstance(obj, Mapping):
         if "$type" in obj: raise BadInput("the key '$type' is reserved for records; rename it in your data")
         return {k: to_dict(v) for k, v in obj.items()}
