@@ -499,7 +499,7 @@ def _judge(check: str | Callable, answer: str, gold: str, context) -> Verdict:
     try: v = _as_verdict((_resolve(check) if isinstance(check, str) else check)(answer, gold, context))
     except MemoryError: v = Verdict(None, "out of memory")
     except RecursionError: v = Verdict(None, "too deeply nested")
-    except Exception as e: v = Verdict(None, f"the check failed: {type(e).__name__}", str(e)[:200])
+    except BaseException as e: v = Verdict(None, f"the check failed: {type(e).__name__}", str(e)[:200])
     return replace(v, seconds=time.monotonic() - start)
 
 def _as_verdict(found) -> Verdict:
