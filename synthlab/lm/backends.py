@@ -39,6 +39,7 @@ class Sampling:
     max_tokens: int = 256  # generation stops here with finish_reason "length"
     stop: tuple[str, ...] = ()  # generation stops before the first of these texts
     min_p: float = 0.0  # keep tokens at least this share of the likeliest one's probability; 0 keeps all
+    schema: str = ""  # JSON Schema of the reply, as text, for backends that can constrain decoding; others take no notice
 
     def __post_init__(self):
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -54,8 +55,8 @@ class Sampling:
 
     @property
     def key_part(self) -> dict:
-        "What identifies this sampling in a journal key; a `min_p` of 0 is left out, so that keys are as they were before there was one."
-        return {k: v for k, v in asdict(self).items() if k != "min_p" or v}
+        "What identifies this sampling in a journal key; newer fields are left out while they are not used, so that keys stay as they were."
+        return {k: v for k, v in asdict(self).items() if k not in ("min_p", "schema") or v}
 
 # %% ../../nbs/10_backends.ipynb #f2d89f00
 @dataclass(frozen=True)

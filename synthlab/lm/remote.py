@@ -299,7 +299,7 @@ def _whole_fault(lm: _Endpoint, why: str, fault: Fault) -> LMError:
     return LMError(f"{lm.name} at {lm.base_url}: {why}. What to do: {do.get(fault.status or 0, 'check the account and the base URL')}")
 
 # %% ../../nbs/15_remote.ipynb #ad5a58e9
-_OPTIONAL = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logprobs", "top_logprobs", "n")
+_OPTIONAL = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logprobs", "top_logprobs", "n", "response_format")
 _REFUSED = re.compile(
     r"unsupported|not supported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs|deprecated|only the default",
     re.I,
@@ -375,6 +375,7 @@ def _openai_args(lm: OpenAIChat, req: Request, n: int) -> dict:
     args: dict[str, Any] = {"temperature": s.temperature, "top_p": s.top_p, limit: s.max_tokens, "seed": req.seed}
     if s.stop: args["stop"] = list(s.stop)
     if n > 1: args["n"] = n
+    if s.schema: args["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": json.loads(s.schema)}}
     if lm.logprobs != "off" and caps.get("logprobs") != "rejected": args |= {"logprobs": True, "top_logprobs": 1}
     extra = {**lm.extra_body, **{k: v for k in ("top_k", "min_p") if (v := getattr(s, k))}}
     keep = lambda d: {k: v for k, v in d.items() if caps.get(k) != "rejected"}
@@ -389,7 +390,7 @@ def _openai_adapt(lm: _Endpoint, fault: Fault, args: dict) -> bool:
         lm._note(name, "renamed to max_completion_tokens")
         return True
     if "logprobs" in name and getattr(lm, "logprobs", "") == "require": raise _no_logprobs(lm, fault.reason)
-    quiet = name in ("logprobs", "top_logprobs", "stop", "n")  # put right by the client, or visible in the result
+    quiet = name in ("logprobs", "top_logprobs", "stop", "n", "response_format")  # put right by the client, or visible in the result
     lm._note(
         name,
         "rejected",
@@ -616,15 +617,11 @@ def _probe_shape(lm: OpenAIChat) -> Iterator[tuple[str, str, str]]:
             f"asked for 3, got {len(ok)}, {len(set(ok))} distinct",
         )
     except LMError as e: yield "n", "rejected", str(e)[:80]
-    schema = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"], "additionalProperties": False}
-    form = {"type": "json_schema", "json_schema": {"name": "town", "schema": schema, "strict": True}}
-    (c,), _ = _ask(
-        lm,
-        [replace(_DREAM, sampling=replace(_DREAM.sampling, temperature=0.0, max_tokens=64))],
-        extra_body={**lm.extra_body, "response_format": form},
-    )
+    schema = json.dumps({"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"], "additionalProperties": False})
+    (c,), caps = _ask(lm, [replace(_DREAM, sampling=replace(_DREAM.sampling, temperature=0.0, max_tokens=64, schema=schema))])
     text = c.text.strip()
-    verdict = "rejected" if c.error else "honoured" if text.startswith('{"') or _is_town(text) else "ignored"
+    refused = c.error or caps.get("response_format") == "rejected"
+    verdict = "rejected" if refused else "honoured" if text.startswith('{"') or _is_town(text) else "ignored"
     yield "json_schema", verdict, " ".join((c.error or text).split())[:40]
 
 # %% ../../nbs/15_remote.ipynb #36dcb235
