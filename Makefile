@@ -25,10 +25,11 @@ export TOKENIZERS_PARALLELISM := false
 	$(PIP) -e ".[bench]" -c constraints.txt
 	touch $@
 
-# Chromium is needed by the browser tests only; without it they are skipped and say so.
+# Programs that some checks need: a browser, the sandbox, a prover. What is missing is installed where that is possible; the tests that need the rest are skipped and say so.
+TOOLS := chromium:chromium bwrap:bubblewrap eprover:eprover
 system:
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { apt-get update -qq; apt-get install -y -qq chromium >/dev/null; }; } \
-	  || echo "chromium is not installed: the browser tests will be skipped (apt-get install chromium)"
+	@missing=$$(for t in $(TOOLS); do command -v $${t%%:*} >/dev/null || echo $${t##*:}; done); [ -z "$$missing" ] || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq $$missing >/dev/null; } || echo "not installed, so some tests will be skipped:" $$missing
 
 demo: .venv/.core
 	$(BIN)/synthlab cat --out runs/demo --tasks chain_sum --n 16 --rollouts 8 --config min_terms=2,max_terms=2,min_digits=1,max_digits=2 --max-tokens 48
@@ -46,6 +47,7 @@ lab: .venv/.dev
 	$(BIN)/jupyter lab nbs
 
 bench: .venv/.bench
+	$(BIN)/python tests/bench/checks.py
 	$(BIN)/python tests/bench
 
 docs: .venv/.dev

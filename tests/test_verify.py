@@ -114,7 +114,7 @@ def test_nasty_answers_are_unknown_in_bounded_time_and_the_pool_recovers():
         start = time.monotonic()
         pairs = [(f"The answer is \\boxed{{{s}}}", "1") for s in NASTY] + [("1/3", NASTY[0]), ("1/3", NASTY[-1])]
         for (answer, _), v in zip(pairs, pool.verify_many(pairs)):
-            assert v.value is None and v.cause in ("timeout", "too long", "out of memory", "crash"), (answer[:50], v)
+            assert v.value is None and (v.cause in ("timeout", "too long", "out of memory", "crash") or "too large" in v.cause), (answer[:50], v)
         assert time.monotonic() - start < 90
         assert [v.value for v in pool.verify_many([("0.5", "1/2"), ("x+1", "1+x"), ("2/3", "1/3")])] == [True, True, False]
 
@@ -210,7 +210,7 @@ def test_a_script_without_a_main_guard(tmp_path):
     p = script(tmp_path, """
         from synthlab.checks.verify import VerifierPool, verify
         print("started")
-        print(verify("0.5", "\\\\frac12").value, VerifierPool(timeout=1).verify_many([("2^{2^{40}}", "1")])[0].cause)
+        print(verify("0.5", "\\\\frac12").value, VerifierPool(timeout=1).verify_many([("a" * 40 + "!", "(a+)+$")], "regex")[0].cause)
     """)
     assert p.communicate(timeout=60) == ("started\nTrue timeout\n", "")
 
@@ -221,7 +221,7 @@ LONG = """
     pool = VerifierPool(workers=1, timeout={timeout})
     pool.verify_many([("x+1", "1+x")])
     print([w.process.pid for w in pool._live][0], flush=True)
-    try: pool.verify_many([("10^{{10^{{10}}}}", "1")])
+    try: pool.verify_many([("a" * 40 + "!", "(a+)+$")], "regex")
     except KeyboardInterrupt: print("interrupted", pool.verify_many([("x+1", "1+x")])[0].value)
 """
 

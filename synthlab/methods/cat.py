@@ -6,7 +6,7 @@
 __all__ = ['SYNTHESIS_PROMPT', 'ENDINGS', 'CHOICE_PROMPT', 'ESTIMATORS', 'group_answers', 'Setting', 'estimate_majority',
            'estimate_random', 'estimate_min_ppl', 'numbered', 'user', 'synthesis_messages', 'shown_order', 'synthesize',
            'choice_messages', 'estimate_self_bon', 'estimate_mutual', 'estimate_greedy', 'estimate', 'reward',
-           'check_cases', 'gold_verdicts']
+           'check_cases', 'gold_verdicts', 'propose_rubric', 'rubric_reward']
 
 # %% ../../nbs/44_cat.ipynb #e24e55b2
 import math
@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
+from ..checks.rubrics import board_rewards, judge_rubrics, propose_rubrics
 from ..checks.verify import cluster, extract_answer, shared_pool
-from ..core import BadInput, Group, Message, Reference, Task, Usage, Verdict, derive_seed
+from ..core import BadInput, Group, Message, Reference, Rubric, Task, Usage, Verdict, derive_seed
 from ..lm.backends import LM, Request, Sampling, ScoringLM
 from ..lm.rollouts import complete_all, logprobs_all
 from ..scoring.groups import majority
@@ -288,3 +289,23 @@ def gold_verdicts(groups: Sequence[Group]) -> list[list[Verdict]]:  # one a roll
     cases = [(None if r.finish_reason == "error" else r.text, g.task.answer, g.task.kind, g.task.meta) for g in groups for r in g.rollouts]
     found = iter(check_cases(cases))
     return [[Verdict(None, "call failed", r.error) if r.finish_reason == "error" else v for r, v in zip(g.rollouts, found)] for g in groups]
+
+# %% ../../nbs/44_cat.ipynb #22408637
+def propose_rubric(
+    groups: Sequence[Group],
+    references: Sequence[Reference],
+    anchor: LM,
+    n: int = 5,  # criteria needed
+    **options,  # of `propose_rubrics`
+) -> list[Rubric | None]:  # one a group
+    "Have the anchor turn each reference into a rubric; None where it could not."
+    return [p.rubric for p in propose_rubrics(anchor, [g.task for g in groups], references, n, **options)]
+
+def rubric_reward(
+    groups: Sequence[Group],
+    rubrics: Sequence[Rubric | None],
+    judge: LM | Sequence[LM],  # one judge, or a panel
+    **options,  # of `judge_rubrics`
+) -> np.ndarray:  # (n, G) in [0, 1], NaN where nothing could be judged
+    "Reward each rollout for the criteria it meets."
+    return board_rewards(judge_rubrics(groups, rubrics, judge, **options))
