@@ -25,7 +25,15 @@ from synthlab.checks.sandbox import Limits, SandboxUnavailable, available, check
 from synthlab.checks.verify import VerifierPool, verify
 
 ROOT = Path(__file__).parent.parent
-REASON = available()
+
+
+def missing():
+    "Why there can be no sandbox on this machine, found out without the code under test."
+    if not shutil.which("bwrap"): return "bubblewrap is not installed: apt-get install bubblewrap"
+    return subprocess.run(["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, text=True).stderr.strip()
+
+
+REASON = missing()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}")
 LIMITS = {"seconds": 3.0, "memory_mb": 192, "disk_mb": 8, "output_kb": 64, "processes": 12}
 SECRET = "token-7f3a"
@@ -83,7 +91,7 @@ ESCAPES = {
     "shared memory of System V": "import ctypes\nif ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0: print('ESCAPED')",
     "fill the disk with one file": "f = open('x', 'wb')\nfor i in range(64): f.write(bytes(1 << 20))\nf.flush(); print('ESCAPED')",
     "fill the disk with many files": "for i in range(64):\n    with open(f'x{{i}}', 'wb') as f: f.write(bytes(1 << 20))\nprint('ESCAPED')",
-    "fill /dev": "with open('/dev/x', 'wb') as f: f.write(bytes(64 << 20))\nprint('ESCAPED')",
+    "fill /dev": "with open('/dev/x', 'wb') as f: f.write(bytes(1 << 20))\nprint('ESCAPED')",
     "fill /dev/shm": "for i in range(64):\n    with open(f'/dev/shm/x{{i}}', 'wb') as f: f.write(bytes(1 << 20))\nprint('ESCAPED')",
     "become root": "import os; os.setuid(0); print('ESCAPED')",
     "use a set-user-id program": "import subprocess\nr = subprocess.run(['su', '-c', 'id'], capture_output=True, text=True)\nif 'uid=0' in r.stdout: print('ESCAPED')",
@@ -167,6 +175,9 @@ def attempt(command, folder, programs):
     return json.loads(done.stdout)
 
 
+def test_where_it_can_work_it_does(): assert available() == "" and available("rlimits") == ""
+
+
 def test_there_are_enough_ways_out(): assert len(ESCAPES) >= 60 and set(ENDED) <= set(ESCAPES)
 
 
@@ -238,7 +249,7 @@ def test_nothing_is_left_when_the_caller_is_killed():
 def test_a_limit_that_does_not_hold_is_noticed(monkeypatch):
     "The probe tries the limit on processes before any program relies on it."
     real = sandbox._prlimit
-    monkeypatch.setattr(sandbox, "_prlimit", lambda limits, count: real(limits, count)[:-1] if count else real(limits, count))
+    monkeypatch.setattr(sandbox, "_prlimit", lambda limits, count: [a for a in real(limits, count) if "nproc" not in a])
     monkeypatch.setattr(sandbox, "_sound", set())
     assert "processes" in available()
     with pytest.raises(SandboxUnavailable, match="processes"): run_python("print(1)")
@@ -365,6 +376,8 @@ def test_no_cheat_passes():
     ("assert f(3) == [5]", "f = lambda x: [Any()]"), ("assert 5 in f(3)", "f = lambda x: Any()"), ("assert f(3) - 5 == 0", "f = lambda x: Any()"), ("assert f(3)[0] == 5", "class G(Any):\n    __getitem__ = lambda *a: Any()\nf = lambda x: G()"),
     ("assert f(3).v == 5", "Any.v = Any()\nf = lambda x: Any()"), ("assert f(3).startswith('a')", "Any.startswith = lambda *a: True\nf = lambda x: Any()"), ("assert f(3).issubset({5})", "Any.issubset = lambda *a: True\nf = lambda x: Any()"),
     ("assert {f(3)} == {5}", "f = lambda x: Any()"), ("assert {5: 1}[f(3)]", "Any.__hash__ = lambda s: 5\nf = lambda x: Any()"), ("assert sorted([f(3), 1]) == [1, 5]", "f = lambda x: Any()"),
+    ("assert all([f(3) == 5])", "all = lambda *a: True\nf = lambda x: 4"), ("assert math.isclose(f(3), 5)", "class math:\n    isclose = lambda *a: True\nf = lambda x: 4"),
+    ("from decimal import Decimal\nassert Decimal(f(3)) == 5", "open('decimal.py', 'w').write('class Decimal:\\n    __init__ = lambda *a: None\\n    __eq__ = lambda s, o: True')\nf = lambda x: 4"),
     ("import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(3), 5)", "f = lambda x: Any()"), ("def check(c): assert c(3) == 5", "f = lambda x: Any()"),
     ("from solution import f\nassert f(3) == 5", "f = lambda x: Any()"), ("import solution\nassert solution.f(3) == 5", "f = lambda x: Any()"),
     ("s = Solution()\nassert s.go(3) == 5", "class Solution:\n    def go(self, x): return Any()"), ("x = [1]\nf(x)\nassert x == [5]", "def f(x): x[:] = [Any()]"),

@@ -586,7 +586,28 @@ def _spawn(memory_mb: int, timeout: float, errors) -> subprocess.Popen:
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
 
 # %% ../../nbs/30_verify.ipynb #934e8d71
-class _Worker:
+class _Channel:
+    "The pipes to and from a worker; one JSON text a line."
+    input: Any; output: Any; child: int; number: int; buffer: bytes
+
+    def meet_child(self, seconds: float) -> None:
+        "Wait for the next child and remember its number; whatever its predecessor still had to say is dropped."
+        limit = time.monotonic() + seconds
+        while (line := self.read(limit))[0] != "ready": pass
+        _, self.child, self.number = line
+
+    def send(self, message: dict, deadline: float) -> None: _write(self.input.fileno(), b"\n" + json.dumps({"to": self.number, **message}).encode() + b"\n", deadline)
+
+    def read(self, deadline: float) -> list:
+        while b"\n" not in self.buffer:
+            _wait(fd := self.output.fileno(), select.POLLIN, deadline)
+            if not (data := os.read(fd, 65536)): raise _Gone
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return json.loads(line)
+
+# %% ../../nbs/30_verify.ipynb #f67eaa97
+class _Worker(_Channel):
     "One worker process, seen from the parent. Used by one thread at a time."
 
     def __init__(self, memory_mb: int, timeout: float):
@@ -598,12 +619,6 @@ class _Worker:
         try: self.meet_child(120)
         except (_Gone, _Late) as e: raise SynthlabError(f"a checking process could not start: {self.kill() or type(e).__name__}") from None
         except BaseException: self.kill(); raise
-
-    def meet_child(self, seconds: float) -> None:
-        "Wait for the next child and remember its number; whatever its predecessor still had to say is dropped."
-        limit = time.monotonic() + seconds
-        while (line := self.read(limit))[0] != "ready": pass
-        _, self.child, self.number = line
 
     def renew(self) -> bool:
         "Kill the child and meet the next one; False when there is none."
@@ -625,21 +640,11 @@ class _Worker:
         if status != "loaded": raise SynthlabError(f"a checking process could not load {', '.join(wanted)}: {why}")
         self.loaded |= names
 
-    def send(self, message: dict, deadline: float) -> None: _write(self.input.fileno(), b"\n" + json.dumps({"to": self.number, **message}).encode() + b"\n", deadline)
-
     def receive(self, deadline: float) -> list:
         "Read one verdict. Raises `_Late` or `_Gone`."
         line = self.read(deadline)
         if line[0] == "ready": self.child, self.number = line[1:]; raise _Gone(alive=True)
         return line
-
-    def read(self, deadline: float) -> list:
-        while b"\n" not in self.buffer:
-            _wait(fd := self.output.fileno(), select.POLLIN, deadline)
-            if not (data := os.read(fd, 65536)): raise _Gone
-            self.buffer += data
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        return json.loads(line)
 
     def kill(self) -> str:
         "End the worker with its child, and return the last line it complained with while starting."

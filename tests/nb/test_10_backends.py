@@ -51,7 +51,7 @@ def test_requests_are_checked_where_they_are_made():
 def test_a_key_changes_only_with_what_decides_the_answer():
     key = lambda **kw: completion_key("m@1", Request("Hi", Sampling(**kw)))
     assert key() == key(min_p=0) == key(min_p=0.0) == "a49a14c3d5ff93286f64160652a84927bf46b190", "stored work would not be found again"
-    assert len({key(), key(min_p=.1), key(min_p=.2), key(top_p=.1)}) == 4
+    assert len({key(), key(min_p=.1), key(min_p=.2), key(top_p=.1), key(schema="{}")}) == 5
     assert Request("Hi").prompt_key == "de8ee1f065c57f53" != Request("Hi", Sampling(min_p=.1)).prompt_key
 
 

@@ -146,3 +146,12 @@ def test_min_p_is_sent_when_it_is_set_and_refused_where_there_is_none():
     claude = AnthropicChat("m", "http://localhost:1")
     assert "min_p" not in _anthropic_args(claude, plain)["extra_body"]
     with pytest.raises(BadInput, match="Anthropic has no min_p"): _anthropic_args(claude, filtered)
+
+
+def test_a_schema_is_sent_and_dropped_where_it_is_refused():
+    from synthlab.lm.remote import Fault, _openai_adapt, _openai_args
+    lm, asked = OpenAIChat("m", "http://localhost:1/v1"), Request("Hi", Sampling(schema='{"type": "object"}'))
+    assert "response_format" not in _openai_args(lm, Request("Hi"), 1)
+    assert (args := _openai_args(lm, asked, 1))["response_format"]["json_schema"] == {"name": "reply", "strict": True, "schema": {"type": "object"}}
+    assert _openai_adapt(lm, Fault("HTTP 400: 'response_format' is not supported", "request", None, 400), args)
+    assert "response_format" not in _openai_args(lm, asked, 1) and lm.capabilities["response_format"] == "rejected"

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
+from synthlab.checks.rubrics import board_rewards, judge_rubrics, propose_rubrics
 from synthlab.checks.verify import cluster, extract_answer, shared_pool
-from synthlab.core import BadInput, Group, Message, Reference, Task, Usage, Verdict, derive_seed
+from synthlab.core import BadInput, Group, Message, Reference, Rubric, Task, Usage, Verdict, derive_seed
 from synthlab.lm.backends import LM, Request, Sampling, ScoringLM
 from synthlab.lm.rollouts import complete_all, logprobs_all
 from synthlab.scoring.groups import majority
@@ -135,3 +136,18 @@ def test_unknown_rewards_are_nan_and_missing_answers_are_zero():
     assert r[0, 0] == 1 and r[0, 1] == 0 and np.isnan(r[0, 2])
     assert np.isnan(reward([g], [Reference(t.id, "", None, "x")])).all()
     assert [v.value for v in gold_verdicts([g])[0]] == [True, False, None]
+
+
+def test_rubrics_reward_what_a_program_cannot_compare():
+    task = new_task("Why do leaves fall?", kind="open")
+    open_group = Group(task, [Rollout(task.id, 0, "Trees save water in winter."), Rollout(task.id, 1, "They are tired."), Rollout(task.id, 2, "", finish_reason="error", error="down")])
+    criteria = ["The answer mentions water.", "The answer mentions winter.", "The answer mentions light."]
+    anchor = Stub(lambda r: "\n".join(f"{i}. {c}" for i, c in enumerate(criteria, 1)))
+    def reads(r):
+        shown = lambda name: r.messages[1]["content"].split(f"[{name} ")[1].split("]", 1)[1].split("[/")[0]
+        return '{"reason": "read", "verdict": "%s"}' % ("yes" if shown("criterion").split()[-1].strip(".") in shown("answer") else "no")
+    ref = Reference(task.id, "They save water in winter, when there is little light.", None, "synthesis")
+    rubrics = propose_rubric([open_group], [ref], anchor, n=3, progress=False)
+    r = rubric_reward([open_group], rubrics, Stub(reads), progress=False)
+    assert np.allclose(r[0, :2], [2 / 3, 0]) and np.isnan(r[0, 2])
+    assert propose_rubric([open_group], [ref], Stub(lambda r: "No."), progress=False, retries=0) == [None] and np.isnan(rubric_reward([open_group], [None], Stub(reads))).all()
