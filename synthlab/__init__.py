@@ -13,7 +13,7 @@ _WHERE = {
     "synthlab.lm.rollouts": ("sample",),
     "synthlab.scoring.logprobs": ("score",),
     "synthlab.scoring.groups": ("group_advantages", "kl", "majority", "pass_at_k"),
-    "synthlab.checks.verify": ("extract_answer", "verify"),
+    "synthlab.checks.verify": ("extract_answer", "verifier", "verify"),
     "synthlab.methods.cat": ("estimate", "reward", "synthesize"),
     "synthlab.methods.compare": ("compare",),
     "synthlab.scale.export": ("to_dataset", "write_dataset"),
@@ -22,7 +22,7 @@ _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = list(_MODULE)
 
 if TYPE_CHECKING:
-    from synthlab.checks.verify import extract_answer, verify
+    from synthlab.checks.verify import extract_answer, verifier, verify
     from synthlab.core import (Accounting, BadInput, Criterion, Example, Group, Reference, Rollout, Rubric, SynthlabError, Task, Usage,
                                Verdict, new_task)
     from synthlab.lm.backends import Request, Sampling, load_lm

@@ -105,6 +105,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'synthlab.checks.errors.check_solution': ( 'errors.html#check_solution',
                                                                                    'synthlab/checks/errors.py'),
                                         'synthlab.checks.errors.check_steps': ('errors.html#check_steps', 'synthlab/checks/errors.py'),
+                                        'synthlab.checks.errors.check_steps_kind': ( 'errors.html#check_steps_kind',
+                                                                                     'synthlab/checks/errors.py'),
                                         'synthlab.checks.errors.cross_val_probs': ( 'errors.html#cross_val_probs',
                                                                                     'synthlab/checks/errors.py'),
                                         'synthlab.checks.errors.evaluate_expression': ( 'errors.html#evaluate_expression',

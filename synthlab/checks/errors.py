@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_TEXT', 'MAX_BITS', 'CONSTANTS', 'ERROR_KINDS', 'MAX_CHAIN', 'BACK_PROMPT', 'FEATURES', 'REWRITE_PROMPT', 'Number',
            'Expression', 'Equation', 'read_equations', 'evaluate_expression', 'Step', 'check_steps', 'steps_table',
-           'question_numbers', 'Operand', 'Flow', 'trace', 'Report', 'check_solution', 'Agreement', 'agreement',
-           'Injection', 'inject', 'BackSolved', 'back_solve', 'AskedBack', 'ask_back', 'LabelErrors', 'label_errors',
-           'cross_val_probs', 'group_features', 'Repaired', 'repair', 'repair_all']
+           'question_numbers', 'Operand', 'Flow', 'trace', 'Report', 'check_solution', 'check_steps_kind', 'Agreement',
+           'agreement', 'Injection', 'inject', 'BackSolved', 'back_solve', 'AskedBack', 'ask_back', 'LabelErrors',
+           'label_errors', 'cross_val_probs', 'group_features', 'Repaired', 'repair', 'repair_all']
 
 # %% ../../nbs/36_errors.ipynb #03b41390
 import re
@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 from ..core import Accounting, BadInput, Verdict, derive_seed
-from .verify import VerifierPool, cluster, extract_answer, shared_pool
+from .verify import VerifierPool, cluster, extract_answer, shared_pool, verifier
 from ..lm.backends import LM, Request, Sampling
 from ..lm.rollouts import complete_all
 from ..scoring.groups import Vote, answer_entropy, majority
@@ -571,6 +571,15 @@ def check_solution(
     if others: checks["agreement"] = _agreement([text, *others], pool)
     if gold is not None: checks["gold"] = (pool or shared_pool()).verify_many([(text, gold)])[0]
     return Report(flow, steps, checks)
+
+# %% ../../nbs/36_errors.ipynb #70cb78f6
+@verifier("steps", lambda text: text, "synthlab.checks.errors", gold=lambda text: text, gold_in_context=True)
+def check_steps_kind(answer: str, gold: str, context) -> Verdict:
+    "Judge a worked solution by its own steps."
+    question = context.get("question", "") if isinstance(context, Mapping) else ""
+    checks = check_solution(question, answer).checks
+    used = [checks[name] for name in (("arithmetic", "origins", "conclusion") if question else ("arithmetic",))]
+    return next((v for v in used if v.value is False), next((v for v in used if v.value is None), used[0]))
 
 # %% ../../nbs/36_errors.ipynb #7b1f0c01
 def _agreement(texts: Sequence[str], pool: VerifierPool | None) -> Verdict:

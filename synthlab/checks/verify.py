@@ -395,6 +395,7 @@ ELSEWHERE = {  # module -> kinds it registers when it is imported
     "sandbox": ("code",),
     "formal": ("smt", "proof"),
     "formats": ("schema", "table", "xml", "sql", "units", "constraint", "instructions", "citations", "all", "any", "weighted"),
+    "errors": ("steps",),
 }
 
 def _kind(name: str) -> Kind:
@@ -416,11 +417,12 @@ def _globals(code: CodeType) -> set[str]:
 def verifier(
     name: str,
     extract: Callable[[str], str | None] | None = None,  # text -> answer; default: the marked part of a text, or all of it
+    module: str = "",  # where a worker imports the function from, if it is defined elsewhere: a page that exports it
     **fields,  # of `Kind`: quick, gold, warm, gold_in_context, isolated
 ) -> Callable[[Callable], Callable]:
     "Register the decorated function `(answer, gold, context) -> verdict` as a kind of answer. Raises `BadInput` where it could not run in a worker."
     def register(f: Callable) -> Callable:
-        check = f if fields.get("isolated") else _address(f)
+        check = f if fields.get("isolated") else f"{module}:{f.__name__}" if module else _address(f)
         KINDS[name] = Kind(extract or _whole, check, **fields)
         return f
     return register

@@ -25,9 +25,10 @@ PATHOLOGICAL = [  # kind, answer, gold
 
 
 def math_pair(rng):
-    "(answer, gold, truth): two spellings of one value, or of two values."
+    "(answer, gold, truth): two spellings of one value, or of two values; numbers mostly, as in school and competition mathematics, and one expression in ten."
     a, b, c = rng.randint(2, 60), rng.randint(2, 60), rng.randint(1, 9)
-    value = rng.choice([sympy.Rational(a, b), sympy.sqrt(a) * c, a * X**2 + b * X + c, sympy.pi * a / b, X / (Y + c), sympy.Integer(a * b * 1000)])
+    numbers = [sympy.Integer(a * b), sympy.Integer(a * b * 1000), sympy.Integer(-a), sympy.Rational(a, b), sympy.Rational(a, 4), sympy.sqrt(a) * c, sympy.pi * a / b]
+    value = rng.choice(numbers) if rng.random() < .9 else rng.choice([a * X**2 + b * X + c, X / (Y + c)])
     other = value if (right := rng.random() < .5) else value + c
     text = sympy.latex(other)
     if right and rng.random() < .5: text = sympy.latex(sympy.expand(other)).replace("\\frac", "\\dfrac")
