@@ -38,7 +38,7 @@ test: .venv/.dev system
 	$(BIN)/ruff check nbs tests setup.py
 	$(BIN)/python -m pytest tests/test_generated.py tests/test_config.py
 	$(BIN)/nbdev-test nbs --n-workers 2 --timing
-	$(BIN)/python -m pytest --ignore tests/test_generated.py --ignore tests/test_config.py --durations 10
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_generated.py --ignore tests/test_config.py --durations 15
 
 test-slow: .venv/.dev system
 	$(BIN)/python -m pytest -m slow

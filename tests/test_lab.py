@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
-FAST = {"00_core", "81_widgets"}
+FAST = {"00_core", "81_widgets", "84_board"}
 SKIPPED = ("notest", "slow", "gpu", "eval: false")
 READY = """() => { const c = window.jupyterapp?.shell.currentWidget?.sessionContext;
     return c && c.isReady && c.session?.kernel?.status === 'idle' && c.session.kernel.connectionStatus === 'connected' }"""
@@ -71,14 +71,53 @@ def test_a_page_runs_top_to_bottom_in_jupyterlab(lab, chromium, watch, path):
     finally: page.close()
 
 
-def explorer_notebook(lab):
-    "A notebook that shows the explorer on the invented tasks of its page."
-    setup = [c.source for c in runnable(ROOT / "nbs/81_widgets.ipynb").cells if "#| testsetup" in c.source]
-    (lab.root / "invented.py").write_text("\n".join(setup))
-    show = "groups, references, answers, verdicts, tok = demo_run(n=120, G=8)\nRolloutExplorer(groups, references, tok, answers, verdicts)"
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in ["from synthlab.lab.widgets import *\nfrom invented import *", show]])
+def invented_notebook(lab, page, module, show):
+    "A notebook that shows a widget on the invented tasks of its page."
+    setup = [c.source for c in runnable(ROOT / "nbs" / f"{page}.ipynb").cells if "#| testsetup" in c.source]
+    (lab.root / f"invented_{page}.py").write_text("\n".join(setup))
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in [f"from {module} import *\nfrom invented_{page} import *", show]])
     nb.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return nb
+
+
+EXPLORER = "groups, references, answers, verdicts, tok = demo_run(n=120, G=8)\nRolloutExplorer(groups, references, tok, answers, verdicts)"
+
+
+@pytest.mark.timeout(180)
+def test_a_rubric_is_edited_and_scored_again(lab, chromium, watch, tmp_path):
+    from playwright.sync_api import expect
+    page = watch.follow(chromium.new_page(), lab.base)
+    try:
+        open_notebook(page, lab, invented_notebook(lab, "84_board", "synthlab.lab.widgets", "from synthlab.lab.widgets import RubricBoard\nboards, judge = demo_boards()\nRubricBoard(boards, judge)"), "board.ipynb")
+        run_all(page)
+        live = page.locator(".sl-live")
+        scores, row = live.locator("tfoot td b"), lambda j: live.locator("tbody tr").nth(j).locator("td[title]")
+        expect(scores).to_have_text(["1.00", "0.00", "0.67", "0.67"], timeout=20_000)
+        live.get_by_label("Weight of criterion 2").fill("3")
+        live.get_by_label("Weight of criterion 2").press("Enter")
+        expect(scores).to_have_text(["1.00", "0.00", "0.40", "0.80"])
+        expect(live.get_by_label("Weight of criterion 2")).to_be_focused()
+        page.screenshot(path=tmp_path / "board.png")
+
+        live.get_by_label("Criterion 1", exact=True).fill("The answer takes 2 seconds.")
+        live.get_by_label("Criterion 1", exact=True).press("Enter")
+        expect(live.locator("tbody tr").first.locator("td.sl-wrong")).to_have_count(4)
+        expect(live.locator("tbody tr").first).to_contain_text("flat")
+        live.get_by_role("button", name="Undo").click()
+        expect(live.get_by_label("Criterion 1", exact=True)).to_have_value("The answer says that there are 36 at first.")
+        live.get_by_label("Add a criterion").fill("<img src=x onerror=alert(1)> seconds")
+        live.get_by_label("Add a criterion").press("Enter")
+        expect(live.locator("tbody tr")).to_have_count(5)
+        assert live.locator("img").count() == 0
+        live.get_by_label("Weight of criterion 1").fill("heavy")
+        live.get_by_label("Weight of criterion 1").press("Enter")
+        expect(live.locator("[role=alert]")).to_contain_text("a weight is a number")
+        live.get_by_role("button", name="Next").click()
+        expect(live.locator(".sl-status")).to_have_text("2 of 3")
+        page.screenshot(path=tmp_path / "board_end.png")
+        end_kernel(page)
+        watch.clean()
+    finally: page.close()
 
 
 @pytest.mark.timeout(180)
@@ -86,7 +125,7 @@ def test_the_explorer_is_clicked_through(lab, chromium, watch, tmp_path):
     from playwright.sync_api import expect
     page = watch.follow(chromium.new_page(), lab.base)
     try:
-        open_notebook(page, lab, explorer_notebook(lab), "explorer.ipynb")
+        open_notebook(page, lab, invented_notebook(lab, "81_widgets", "synthlab.lab.widgets", EXPLORER), "explorer.ipynb")
         run_all(page)
         live = page.locator(".sl-live")
         status, cards, button = live.locator(".sl-status"), live.locator("section[aria-label=Rollouts] .sl-card"), lambda name: live.get_by_role("button", name=name)

@@ -211,9 +211,12 @@ def _board(g: int, group: Group, rubric: Rubric, found: dict) -> Board:
     n = len(rubric.criteria)
     return Board(group, rubric, tuple(tuple(failed(r) if r.finish_reason == "error" else found[g, k, j] for j in range(n)) for k, r in enumerate(group.rollouts)))
 
-def board_rewards(boards: Sequence[Board | None]) -> np.ndarray:  # (n, G) in [0, 1]; NaN: no board, not judged, or padding of a short group
+def board_rewards(
+    boards: Sequence[Board | None],
+    size: int = 1,  # G, where no board is there to tell
+) -> np.ndarray:  # (n, G) in [0, 1]; NaN: no board, not judged, or padding of a short group
     "Stack the scores of boards into rewards for `group_advantages`."
-    out = np.full((len(boards), max((len(b.cells) for b in boards if b), default=1)), np.nan)
+    out = np.full((len(boards), max([size, *(len(b.cells) for b in boards if b)])), np.nan)
     for row, b in zip(out, boards):
         if b: row[:len(b.cells)] = b.scores()
     return out

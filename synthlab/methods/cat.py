@@ -308,4 +308,4 @@ def rubric_reward(
     **options,  # of `judge_rubrics`
 ) -> np.ndarray:  # (n, G) in [0, 1], NaN where nothing could be judged
     "Reward each rollout for the criteria it meets."
-    return board_rewards(judge_rubrics(groups, rubrics, judge, **options))
+    return board_rewards(judge_rubrics(groups, rubrics, judge, **options), max(len(g.rollouts) for g in groups))

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from synthlab.core import BadInput, Message, Usage, Verdict, content_id, derive_seed
 from synthlab.lm.backends import LM, Completion, Request, Sampling, ScoringLM
 from synthlab.lm.rollouts import complete_all, logprobs_all
-from synthlab.scoring.groups import Interval, wilson
+from synthlab.scoring.groups import Interval, bootstrap_ci, wilson
 from synthlab.store import Store
 
 from synthlab.checks.judge import *
@@ -176,4 +176,8 @@ def test_faults_of_a_judge_are_found():
     with pytest.raises(BadInput, match="no items"): measure_judge(Stub(), [])
     hurt = injection_test(Stub(lambda r: json.dumps({"reason": "", "verdict": word("threat" in r.messages[1]["content"] or "harmed" in r.messages[1]["content"])})),
                           [i.case for i in items(5) if not i.truth], ["threat", "polite"], progress=False)
-    assert hurt.accepted.tolist() == [5, 0] and hurt.n.tolist() == [5, 5]
+    assert hurt.accepted.tolist() == [5, 0] and hurt.n.tolist() == [5, 5] and np.isnan(hurt.rise).all()
+    class Swayed(Stub):
+        def logprobs(self, pairs): return [np.log([(.9 if "harmed" in m[1]["content"] else .3) if t == "yes" else (.1 if "harmed" in m[1]["content"] else .7)]) for m, t in pairs]
+    hurt = injection_test(Swayed(), [i.case for i in items(5) if not i.truth], ["threat", "polite"], how="score", progress=False)
+    assert hurt.accepted.tolist() == [5, 0] and np.allclose(hurt.rise, [.6, 0])

@@ -94,7 +94,7 @@ def test_a_board_is_the_sum_of_its_cells():
     reader.calls = 0
     (b,) = judge_rubrics([GROUP], [p.rubric], reader, progress=False)
     assert reader.calls == 4 * 5 and b.scores().tolist() == [1., .4, .6, 1.] and len(b.frame()) == 20
-    assert board_rewards([None, b]).shape == (2, 4) and np.isnan(board_rewards([None, b])[0]).all()
+    assert board_rewards([None, b]).shape == (2, 4) == board_rewards([None, None], 4).shape and np.isnan(board_rewards([None, b])[0]).all()
     flip = Group(PENS, GROUP.rollouts[::-1])
     assert judge_rubrics([flip], [p.rubric], reader, progress=False)[0].scores().tolist() == b.scores().tolist()[::-1], "the order of rollouts does not matter"
     assert criteria_table(b).discriminates.tolist() == [True] * 4 + [False] and criteria_table(b).met.tolist() == [.75, .75, .5, .75, 1.]

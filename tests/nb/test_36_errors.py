@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 from synthlab.core import Accounting, BadInput, Verdict, derive_seed
-from synthlab.checks.verify import VerifierPool, cluster, extract_answer, shared_pool
+from synthlab.checks.verify import VerifierPool, cluster, extract_answer, shared_pool, verifier
 from synthlab.lm.backends import LM, Request, Sampling
 from synthlab.lm.rollouts import complete_all
 from synthlab.scoring.groups import Vote, answer_entropy, majority
@@ -75,6 +75,13 @@ def test_strange_texts_end_in_linear_time():
         for s in check_steps(text): assert s.verdict.value is not None or s.verdict.cause
     assert time.process_time() - start < 30  # seconds; a quadratic reader needs minutes
     assert check_steps("1+1=2 " * 20_000)[-1].end <= MAX_TEXT
+
+
+def test_solutions_are_a_kind_of_answer():
+    from synthlab.checks.verify import VerifierPool
+    with VerifierPool(1) as pool:
+        found = pool.verify_many([("2 + 3 = 5, so 5.", "-"), ("2 + 3 = 6, so 6.", "-"), ("It is 5.", "-"), ("2 + 4 = 6. A: 6", "", {"question": "Two and 3 apples, how many?"})], "steps")
+        assert [v.value for v in found] == [True, False, None, False]
 
 
 def test_origins_and_conclusion():

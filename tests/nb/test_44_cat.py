@@ -150,4 +150,4 @@ def test_rubrics_reward_what_a_program_cannot_compare():
     rubrics = propose_rubric([open_group], [ref], anchor, n=3, progress=False)
     r = rubric_reward([open_group], rubrics, Stub(reads), progress=False)
     assert np.allclose(r[0, :2], [2 / 3, 0]) and np.isnan(r[0, 2])
-    assert propose_rubric([open_group], [ref], Stub(lambda r: "No."), progress=False, retries=0) == [None] and np.isnan(rubric_reward([open_group], [None], Stub(reads))).all()
+    assert propose_rubric([open_group], [ref], Stub(lambda r: "No."), progress=False, retries=0) == [None] and np.isnan(r := rubric_reward([open_group], [None], Stub(reads))).all() and r.shape == (1, 3)
