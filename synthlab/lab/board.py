@@ -93,13 +93,13 @@ def board_html(board: Board, live: bool = False) -> str:
     "Render a board: criteria down, rollouts across, scores below. All texts are escaped."
     G, look = len(board.group.rollouts), criteria_table(board).to_dict("records") if board.rubric.criteria else []
     flat = lambda row: "" if row["discriminates"] else '<span class="sl-note" title="the same verdict for every rollout: it moves no advantage">flat</span>'
-    head = "".join(f'<th scope="col">#{r.index}</th>' for r in board.group.rollouts)
+    head, spare = "".join(f'<th scope="col">#{r.index}</th>' for r in board.group.rollouts), "<td></td>" if live else ""
     rows = "".join(f'<tr>{_criterion_html(j, c, live)}{"".join(cell_html(board.cells[k][j]) for k in range(G))}<td>{flat(look[j])}</td>'
                    + (f'<td><button type="button" data-act="remove-{j}" data-value="" data-key="remove-{j}" title="Remove this criterion" aria-label="Remove criterion {j + 1}">×</button></td>' if live else "") + "</tr>"
                    for j, c in enumerate(board.rubric.criteria))
     scores = "".join(_score_html(board.met(k), board.weights, s) for k, s in enumerate(board.scores()))
-    return (f'<div class="sl-scroll"><table class="sl-board"><thead><tr><th scope="col">criterion</th><th scope="col">weight</th>{head}<th></th></tr></thead><tbody>{rows}</tbody>'
-            f'<tfoot><tr><th scope="row">score</th><td></td>{scores}<td></td></tr></tfoot></table></div>')
+    return (f'<div class="sl-scroll"><table class="sl-board"><thead><tr><th scope="col">criterion</th><th scope="col">weight</th>{head}<th></th>{spare}</tr></thead><tbody>{rows}</tbody>'
+            f'<tfoot><tr><th scope="row">score</th><td></td>{scores}<td></td>{spare}</tr></tfoot></table></div>')
 
 # %% ../../nbs/84_board.ipynb #d978d373
 BOARD_CSS = """
