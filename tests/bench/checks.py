@@ -38,7 +38,7 @@ def math_pair(rng):
 def mixed(n, rng):
     "(kind, answer, gold, truth) of everyday checks, six in ten of them mathematics."
     rows = []
-    for i in range(n):
+    for _ in range(n):
         k, right = rng.randint(0, 10_000), rng.random() < .5
         match rng.choice("mmmmmmnecjr"):
             case "m": answer, gold, right = math_pair(rng); rows.append(("math", answer, gold, right))
