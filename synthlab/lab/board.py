@@ -153,8 +153,7 @@ class RubricBoard(Live):
         super().__init__()
         if not boards: raise BadInput("there are no boards to show")
         self.sheets, self.at, self.judges, self.options = [sheet_of(b) for b in boards], 0, judges, {"progress": False, **options}
-        self._threads: list[threading.Thread] = []
-        self._trouble = ""
+        self._threads, self._trouble = list[threading.Thread](), ""
 
     @property
     def boards(self) -> list[Board]: return [s.board() for s in self.sheets]
