@@ -77,9 +77,9 @@ def _walls(found: dict[str, str], disk: int) -> list[str]:
         if os.path.islink(top): wall += ["--symlink", os.readlink(top), top]
         elif os.path.isdir(top): wall += ["--ro-bind", top, top]
     wall += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]
-    for folder, place in found.items(): wall += ["--ro-bind", place, folder]
-    return [*wall, "--proc", "/proc", "--dev", "/dev", "--size", str(1 << 20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
-            "--size", str(disk), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    wall += ["--proc", "/proc", "--dev", "/dev", "--size", str(1 << 20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev", "--size", str(disk), "--tmpfs", "/tmp"]
+    for folder, place in found.items(): wall += ["--ro-bind", place, folder]  # after /tmp, under which an interpreter may lie
+    return [*wall, "--chdir", "/tmp"]
 
 # %% ../../nbs/31_sandbox.ipynb #0f6c366c
 _REFUSED = {  # system call: its number on (x86_64, aarch64)

@@ -287,7 +287,7 @@ def _size(s: str, depth: int = 0) -> float:
 def _too_large(s: str) -> bool:
     "Tell whether a text is a numeric expression of more digits, or a sum of more terms, than is worth evaluating."
     numeric = not re.search(r"(?<![A-Za-z\\])[A-Za-z]", _group.sub(" ", s))
-    powers = any(_size(e) > 1e6 for b, e in _power.findall(s[:2000]) if numeric or (b not in ")}" and float(b) not in (0., 1.)))
+    powers = any(_size(e) > 1e6 and (numeric if b in ")}" else float(b) not in (0., 1.)) for b, e in _power.findall(s[:2000]))
     return powers or any(len(n) > 5 for n in _factorial.findall(s)) or any(_size(n) > 1e6 for n in _choose.findall(s)) or any(_size(n) > 1e5 for n in _series.findall(s))
 
 # %% ../../nbs/30_verify.ipynb #16be295c
