@@ -303,6 +303,26 @@ def _explained(answer, gold, ours, cause, theirs):
     return ours is True and cause == "same text" and theirs is False
 
 
+def test_a_child_that_is_killed_from_outside_leaves_no_stale_replies():
+    with VerifierPool(workers=1) as p:
+        assert p.verify_many([("x+1", "1+x")])[0].value is True
+        (worker,) = p._live
+        for _ in range(3):
+            os.kill(worker.child, signal.SIGKILL)
+            time.sleep(.3)
+            for right in (True, False, True):
+                pairs = [("x+2", "2+x"), ("x", "y")][::1 if right else -1]
+                assert [v.value for v in p.verify_many(pairs)] == [right, not right]
+        assert p._live == {worker}, "the worker itself lives on"
+
+
+def test_a_batch_larger_than_a_pipe_survives_its_first_pair():
+    long = "z" * 20_000
+    with VerifierPool(workers=1, timeout=1.) as p:
+        found = p.verify_many([("a" * 40 + "!", "(a+)+$"), *[(f"{long}{i % 2}", "0$") for i in range(40)]], "regex")
+    assert [v.value for v in found] == [None, *[i % 2 == 0 for i in range(40)]]
+
+
 def test_a_thousand_mixed_checks_survive_pathological_neighbours():
     "Every verdict is what is known of its pair, none is lost, and the pool is alive afterwards."
     import random

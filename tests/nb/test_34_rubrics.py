@@ -110,8 +110,9 @@ def test_what_could_not_be_judged_is_left_out():
     (b,) = judge_rubrics([GROUP], [rubric], Stub(lambda r: "dunno"), progress=False, retries=0)
     assert np.isnan(b.scores()).all() and np.isnan(board_rewards([b])).all()
     broken = Group(PENS, [GROUP.rollouts[0], Rollout(PENS.id, 1, "", finish_reason="error", error="429")])
+    reader.calls = 0
     (b,) = judge_rubrics([broken], [rubric], reader, progress=False)
-    assert b.scores()[0] == 1. and np.isnan(b.scores()[1]) and b.cells[1][0].verdict.cause == "call failed"
+    assert reader.calls == 5 and b.scores()[0] == 1. and np.isnan(b.scores()[1]) and b.cells[1][0].verdict.cause == "call failed"
     yes, no = (Stub(lambda r, w=w: json.dumps({"reason": "", "verdict": w}), name=w) for w in ("yes", "no"))
     (b,) = judge_rubrics([GROUP], [rubric], [reader, yes, no], progress=False)
     assert b.scores().tolist() == [1., .4, .6, 1.] and b.cells[0][0].votes == 3 and b.cells[0][0].disagreement == 1 / 3
