@@ -8,7 +8,7 @@ __all__ = ['SandboxUnavailable', 'Limits', 'Run', 'available', 'run_python', 'ru
 
 # %% ../../nbs/31_sandbox.ipynb #6ee17ef3
 import ast, atexit, builtins, contextlib, functools, io, json, linecache, marshal, math, operator, os, platform, queue, re, select, shutil, signal, site, struct, subprocess, sys
-import tempfile, time, types
+import tempfile, threading, time, types
 from importlib import import_module
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -684,14 +684,23 @@ class _Judge(_Party):
         return super().operate(op, target, *args)
 
 # %% ../../nbs/31_sandbox.ipynb #4f783c90
+_trees = threading.Lock()  # Python 3.11 counts the depth of syntax trees once for all threads, and a switch between two of them is a SystemError
+
+def _tree(text: str) -> ast.Module:
+    with _trees: return ast.parse(text)
+
+def _compiled(node: ast.stmt) -> types.CodeType:
+    with _trees: return compile(ast.Module([node], []), "tests", "exec")
+
+# %% ../../nbs/31_sandbox.ipynb #79fb6632
 def _statements(texts: Sequence[str]) -> list[tuple[str, types.CodeType, bool]]:
     "The statements of test texts, as (what to call it, code, does it count as a test). Raises `SyntaxError` or `ValueError`."
     idle, found = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Pass), []
     for text in texts:
-        for node in ast.parse(text).body:
+        for node in _tree(text).body:
             label = " ".join((ast.get_source_segment(text, node) or "").split())[:200]
             silent = isinstance(node, ast.Expr) and (isinstance(node.value, ast.Constant) or label.startswith("print("))
-            found.append((label, compile(ast.Module([node], []), "tests", "exec"), not isinstance(node, idle) and not silent))
+            found.append((label, _compiled(node), not isinstance(node, idle) and not silent))
     return found
 
 # %% ../../nbs/31_sandbox.ipynb #be4d2142
@@ -779,7 +788,7 @@ def _judge_program() -> bytes:
     "The judge as one compiled program."
     code = [f if isinstance(f, types.FunctionType) else next(m for m in vars(f).values() if isinstance(m, types.FunctionType)) for f in _INSIDE]
     texts = ["".join(linecache.getlines(f.__code__.co_filename)) for f in code]  # the module, or the cell of a notebook
-    found = {n.name: ast.get_source_segment(t, n) or "" for t in dict.fromkeys(texts) for n in ast.parse(t).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    found = {n.name: ast.get_source_segment(t, n) or "" for t in dict.fromkeys(texts) for n in _tree(t).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     names = ["_Lost", *(f.__name__ for f in _INSIDE)]
     head = "import builtins, io, json, operator, os, select, signal, sys, time, types\nfrom importlib import import_module\n"
     return marshal.dumps(compile(head + "\n".join(found[n] for n in names) + "\n_equip()\n_trial()\n", "judge", "exec"))
@@ -789,7 +798,7 @@ _FENCE = re.compile(r"^[ ]{0,3}```+[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:^[ ]{0,3}```+
 
 def _is_program(text: str) -> bool:
     "Does it parse, and does it do anything? A word or a number alone is Python too."
-    try: body = ast.parse(text).body
+    try: body = _tree(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError): return False
     return any(not isinstance(n, ast.Expr) or isinstance(n.value, ast.Call) for n in body)
 

@@ -96,7 +96,7 @@ def test_extraction_is_idempotent_and_never_raises():
     @settings(max_examples=400, deadline=None)
     @given(texts)
     def check(text):
-        for kind in KINDS:
+        for kind in ("math", "exact", "numeric", "choice", "regex", "json", "reasoning_gym"):
             once = extract_answer(text, kind)
             assert once is None or (once.strip() and extract_answer(once, kind) == once), (kind, text, once, extract_answer(once, kind))
     check()
@@ -125,7 +125,7 @@ def test_extraction_takes_linear_time():
         "\\(" * 45000,
         "```json\n" * 11000,
     ):
-        for kind in KINDS:
+        for kind in ("math", "exact", "numeric", "choice", "regex", "json", "reasoning_gym"):
             start = time.process_time()
             extract_answer(hard, kind)
             assert time.process_time() - start < 2, (kind, hard[:20])

@@ -2,7 +2,7 @@
 import pytest
 
 import ast, atexit, builtins, contextlib, functools, io, json, linecache, marshal, math, operator, os, platform, queue, re, select, shutil, signal, site, struct, subprocess, sys
-import tempfile, time, types
+import tempfile, threading, time, types
 from importlib import import_module
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

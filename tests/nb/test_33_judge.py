@@ -18,6 +18,12 @@ from synthlab.store import Store
 
 from synthlab.checks.judge import *
 
+import json, re
+import numpy as np
+import pytest
+from synthlab.core import BadInput, Verdict
+from synthlab.lm.backends import Stub
+
 
 def test_forms_are_read_strictly():
     from hypothesis import given, settings, strategies as st

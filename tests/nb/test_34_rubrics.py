@@ -56,6 +56,7 @@ def test_scores_follow_the_published_rule():
 
 
 def test_useless_criteria_are_dropped_with_their_reason():
+    from hypothesis import given, strategies as st
     assert not any(map(criterion_problem, ("The answer subtracts 5 from 36.", "Does the answer mention a fever above 39 degrees?", "Is the dose correctly given as 5 mg per day?",
                                            "The answer advises to see a doctor and names a time.", "It is correct that 5 is subtracted.")))
     for text in ("Is the answer correct?", "The solution is clear and complete.", "The final answer is right.", "Is it good?"): assert "verdict on the whole" in criterion_problem(text) or "words" in criterion_problem(text), text
