@@ -1,27 +1,17 @@
 """Error detection and repair where it has to work: on real solutions of real models, and on every text."""
 import ast
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from real_data import GSM8K, MODELS, SOLUTIONS, needs, read
 
 from synthlab.checks.errors import (ERROR_KINDS, agreement, back_solve, check_solution, check_steps, cross_val_probs, evaluate_expression, group_features,
                                     inject, label_errors, question_numbers, read_equations, repair, repair_all, trace)
 from synthlab.checks.verify import extract_answer
 from synthlab.core import Verdict
 from synthlab.scoring.groups import wilson
-
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-SOLUTIONS, GSM8K = DATA / "gsm8k_solutions_dev.jsonl", DATA / "gsm8k_dev.jsonl"
-MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
-needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"real task data is not part of the project: no {path.name} in ../shared/data")
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")

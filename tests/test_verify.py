@@ -1,7 +1,6 @@
 """The verifier where it has to work: on real rollouts, in threads, event loops, kernels and scripts, and against its parent's misfortunes."""
 import ast
 import asyncio
-import json
 import os
 import signal
 import subprocess
@@ -12,18 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from real_data import MATH, MODELS, SOLUTIONS, needs, read
 
 from synthlab.checks.verify import VerifierPool, extract_answer, verify
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT.parent / "shared" / "data"
-SOLUTIONS, MATH = DATA / "gsm8k_solutions_dev.jsonl", DATA / "math500_dev.jsonl"
-MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
-needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"real task data is not part of the project: no {path.name} in ../shared/data")
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
