@@ -1,6 +1,6 @@
 """Throughput of the verifier: math checks beside plain math-verify, and a mixed run with and without pathological answers.
 
-Every verdict is compared with what is known of its pair; the exit status is 1 when one is wrong or lost, never for a ratio."""
+Most pathological answers are recognised, and cost about as much as any other. Three runaways a run are not: each burns its whole time limit on one worker, whatever the verifier does. Every verdict is compared with what is known of its pair; the exit status is 1 when one is wrong or lost, never for a ratio."""
 import argparse
 import random
 import statistics
@@ -11,7 +11,7 @@ import machine
 import pandas as pd
 import sympy
 
-from synthlab.checks.verify import VerifierPool
+from synthlab.checks.verify import VerifierPool, verifier
 
 X, Y = sympy.symbols("x y")
 HERE = Path(__file__).parent
@@ -22,6 +22,13 @@ PATHOLOGICAL = [  # kind, answer, gold
     ("math", HUGE, "7"), ("exact", HUGE, "x"), ("math", BOMB, "2"), ("json", "[" * 40_000, "[1]"), ("math", "\\frac{1}{" * 900 + "2" + "}" * 900, "1"), ("math", "\ud800\udfff", "4"),
     ("exact", "\udcff" * 100, "z"), ("math", "10^{10^{10}}", "5"), ("math", "\\boxed{" * 3000, "6"), ("json", '{"a":' * 20_000, "{}"),
 ]
+RUNAWAY = [("regex", "a" * 40 + "!", "(a+)+(?!x)$"), ("stuck", "loop", "1"), ("stuck", "memory", "1")]
+
+
+@verifier("stuck")
+def check_stuck(answer, gold, context):
+    eaten = []
+    while True: eaten += [bytearray(2**20)] * 0 if answer == "loop" else [bytearray(2**20)]
 
 
 def math_pair(rng):
@@ -77,7 +84,8 @@ def main():
     rng = random.Random(0)
     pairs, clean = [math_pair(rng) for _ in range(args.n // 3)], mixed(args.n, rng)
     dirty = list(clean)
-    for i, at in enumerate(sorted(rng.sample(range(args.n), args.n // 20))): dirty[at] = (*PATHOLOGICAL[i % len(PATHOLOGICAL)], None)
+    places = rng.sample(range(args.n), args.n // 20)
+    for i, at in enumerate(places): dirty[at] = (*(RUNAWAY[i] if i < len(RUNAWAY) else PATHOLOGICAL[i % len(PATHOLOGICAL)]), None)
     works = {"math": [("math", *p) for p in pairs], "mixed": clean, "mixed, 5% pathological": dirty}
     seconds, wrong = {w: [] for w in [*works, "math-verify alone, one process"]}, []
     with VerifierPool(workers=2, timeout=.5) as pool:
