@@ -108,7 +108,7 @@ def test_nasty_answers_are_unknown_in_bounded_time_and_the_pool_recovers():
         for (answer, _), v in zip(pairs, pool.verify_many(pairs)):
             assert v.value is None and (v.cause in ("timeout", "too long", "out of memory", "crash") or "too large" in v.cause), (answer[:50], v)
         assert time.monotonic() - start < 90
-        assert [v.value for v in pool.verify_many([("0.5", "1/2"), ("x+1", "1+x"), ("2/3", "1/3")])] == [True, True, False]
+        assert [v.value for v in pool.verify_many([("0.5", "1/2"), ("e^x+1", "1+e^x"), ("2/3", "1/3")])] == [True, True, False]
 
 
 def check_by_word(answer, gold, context):
@@ -211,10 +211,10 @@ LONG = """
     import sys
     from synthlab.checks.verify import VerifierPool
     pool = VerifierPool(workers=1, timeout={timeout})
-    pool.verify_many([("x+1", "1+x")])
+    pool.verify_many([("e^x+1", "1+e^x")])
     print([w.process.pid for w in pool._live][0], flush=True)
     try: pool.verify_many([("a" * 40 + "!", "(a+)+(?!x)$")], "regex")
-    except KeyboardInterrupt: print("interrupted", pool.verify_many([("x+1", "1+x")])[0].value)
+    except KeyboardInterrupt: print("interrupted", pool.verify_many([("e^x+1", "1+e^x")])[0].value)
 """
 
 
@@ -238,12 +238,12 @@ def test_a_forked_child_uses_workers_of_its_own(by_word, tmp_path):
     p = script(tmp_path, """
         import os
         from synthlab.checks.verify import verify, shared_pool
-        assert verify("x+1", "1+x").value
+        assert verify("e^x+1", "1+e^x").value
         mine = {w.process.pid for w in shared_pool()._live}
         if (child := os.fork()) == 0:
-            ok = verify("x+2", "2+x").value and not mine & {w.process.pid for w in shared_pool()._live}
+            ok = verify("e^x+2", "2+e^x").value and not mine & {w.process.pid for w in shared_pool()._live}
             os._exit(0 if ok else 1)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), verify("x+3", "3+x").value, mine == {w.process.pid for w in shared_pool()._live})
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), verify("e^x+3", "3+e^x").value, mine == {w.process.pid for w in shared_pool()._live})
     """)
     assert p.communicate(timeout=60) == ("0 True True\n", "")
 
@@ -297,13 +297,13 @@ def _explained(answer, gold, ours, cause, theirs):
 
 def test_a_child_that_is_killed_from_outside_leaves_no_stale_replies():
     with VerifierPool(workers=1) as p:
-        assert p.verify_many([("x+1", "1+x")])[0].value is True
+        assert p.verify_many([("e^x+1", "1+e^x")])[0].value is True
         (worker,) = p._live
         for _ in range(3):
             os.kill(worker.child, signal.SIGKILL)
             time.sleep(.3)
             for right in (True, False, True):
-                pairs = [("x+2", "2+x"), ("x", "y")][::1 if right else -1]
+                pairs = [("e^x+2", "2+e^x"), ("x", "y")][::1 if right else -1]
                 assert [v.value for v in p.verify_many(pairs)] == [right, not right]
         assert p._live == {worker}, "the worker itself lives on"
 

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'ELSEWHERE', 'MAX_CHARACTERS', 'warm_math', 'check_math', 'c
            'verify', 'cluster']
 
 # %% ../../nbs/30_verify.ipynb #ade28205
-import __future__, ast, builtins, dis, gc, importlib, importlib.metadata, inspect, itertools, json, logging, os, queue, re, select, signal, subprocess, sys, tempfile, textwrap, threading, time, warnings, weakref
+import __future__, ast, builtins, dis, functools, gc, importlib, importlib.metadata, inspect, itertools, json, logging, math, operator, os, queue, re, select, signal, subprocess, sys, tempfile, textwrap, threading, time, warnings, weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -153,11 +153,13 @@ def _json(text: str) -> str | None:
     blocks = re.findall(r"```(?:json)?\s*\n(.*?)```", text, re.S)
     for s in (text, *reversed(blocks)):
         if _loads(s) is not None: return s.strip()
-    decoder, last, pos = json.JSONDecoder(), None, 0
-    starts = [m.start() for m in re.finditer(r"[{\[]", text)][-200:]
-    for start in starts:
+    decoder, last, pos, starts, at = json.JSONDecoder(), None, 0, [], len(text)
+    while len(starts) < 200 and (at := max(text.rfind("[", 0, at), text.rfind("{", 0, at))) >= 0: starts.append(at)
+    for start in reversed(starts):
         if start < pos: continue
         try: _, pos = decoder.raw_decode(text, start); last = text[start:pos]
+        except json.JSONDecodeError as e:
+            if e.pos >= len(text.rstrip()): break  # it breaks off with the text: no answer, and neither is a part of it
         except (ValueError, RecursionError): continue
     return last
 
@@ -180,15 +182,6 @@ def _plain_number(s: str) -> tuple[Fraction, bool] | None:
     sign = -1 if (m[1] in ("-", "−")) != (m[2] in ("-", "−")) else 1
     return sign * Fraction(m[3].replace(",", "")), bool(m[4])
 
-# %% ../../nbs/30_verify.ipynb #dc7e020b
-def _quick_math(answer: str, gold: str, context) -> Verdict | None:
-    "Decide plainly spelt numbers on the spot; None leaves it to the worker."
-    a, g = _plain_number(answer), _plain_number(gold)
-    if a is None or g is None: return None
-    if a[0] == g[0]: return Verdict(True, "equal numbers")
-    if a[1] == g[1] and a[0].denominator == g[0].denominator == 1: return Verdict(False, "different integers")
-    return None
-
 # %% ../../nbs/30_verify.ipynb #13c9a98a
 def _quick_same(answer: str, gold: str, context) -> Verdict:
     "Compare ignoring case, runs of white space and a final full stop."
@@ -208,6 +201,158 @@ def _quick_numeric(answer: str, gold: str, context) -> Verdict:
     )
 
 def _quick_choice(answer: str, gold: str, context) -> Verdict: return Verdict(answer == gold, "letter")
+
+# %% ../../nbs/30_verify.ipynb #7365363e
+_short_frac = re.compile(
+    r"\\[dtc]?frac\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])"
+)
+
+# %% ../../nbs/30_verify.ipynb #bd8fb538
+def _compact(s: str) -> str:
+    "Normal form of LaTeX: spelling variants that never change the meaning are removed."
+    s = re.sub(r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)(?![A-Za-z])|\\ |~", "", s)
+    s = (
+        re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", _short_frac.sub(r"\\frac{\1}{\2}", s))
+        .replace("−", "-")
+        .replace("\\cdot", "*")
+        .replace("\\times", "*")
+    )
+    return re.sub(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])", "", s.strip().rstrip(".").replace("{,}", ","))
+
+# %% ../../nbs/30_verify.ipynb #f3e0166a
+_TERMS, _BITS, _POWER, _LETTERS = 60, 256, 20, 300  # terms of a polynomial, bits of a coefficient, size of an exponent, characters of a text
+_ONE = {(1, ()): 1}
+
+def _plus(p: dict, q: dict) -> dict:
+    "The sum of two polynomials {(number under the root, ((letter, power), ...)): coefficient}."
+    return {k: c for k in {**p, **q} if (c := p.get(k, 0) + q.get(k, 0))}
+
+def _times(p: dict, q: dict) -> dict:
+    "The product of two polynomials. Raises `ValueError` when it grows beyond what is worth deciding here."
+    out: dict = {}
+    for (r, x), a in p.items():
+        for (s, y), b in q.items():
+            g, powers = math.gcd(r, s), dict(x)
+            for letter, n in y: powers[letter] = powers.get(letter, 0) + n
+            key = (r * s // g**2, tuple(sorted(powers.items())))  # √r √s = g √(rs/g²)
+            out[key] = out.get(key, 0) + a * b * g
+    if len(out) > _TERMS or any(abs(c).bit_length() > _BITS for c in out.values()): raise ValueError("too large")
+    return {k: c for k, c in out.items() if c}
+
+# %% ../../nbs/30_verify.ipynb #21acee01
+class _Ratio:
+    "A quotient of two polynomials, not reduced."
+
+    def __init__(self, over: dict, under: dict = _ONE):
+        if not under: raise ValueError("division by zero")
+        self.over, self.under = over, under
+
+    def __add__(self, other): return _Ratio(_plus(_times(self.over, other.under), _times(other.over, self.under)), _times(self.under, other.under))
+    def __mul__(self, other): return _Ratio(_times(self.over, other.over), _times(self.under, other.under))
+    def __neg__(self): return _Ratio({k: -c for k, c in self.over.items()}, self.under)
+    def __truediv__(self, other): return self * _Ratio(other.under, other.over)
+    def __pow__(self, n: int): return functools.reduce(operator.mul, [self if n > 0 else _Ratio(_ONE) / self] * abs(n), _Ratio(_ONE))
+    def __eq__(self, other): return isinstance(other, _Ratio) and _times(self.over, other.under) == _times(other.over, self.under)
+
+    def letters(self) -> set[str]: return {x for p in (self.over, self.under) for _, powers in p for x, _ in powers}
+
+    def root(self):
+        "The square root of a rational number that is not negative: √(p/q) = √(pq) / q."
+        p, q = (0 if not x else x.get((1, ()), -1) if len(x) == 1 else -1 for x in (self.over, self.under))
+        if not 0 <= p * q <= 10**6 or q == 0: raise ValueError("not the root of a small number")
+        outer, inner, d = 1, p * q, 2
+        while d * d <= inner:
+            while inner % (d * d) == 0: outer, inner = outer * d, inner // (d * d)
+            d += 1
+        return _Ratio({(inner, ()): outer} if p else {}, {(1, ()): abs(q)})
+
+# %% ../../nbs/30_verify.ipynb #7ed43658
+_atom = re.compile(r"\\(?:frac|sqrt|pi)(?![A-Za-z])|\d+\.?\d*|\.\d+|[a-zA-Z]|[-+*/^(){}]")
+
+class _Sums:
+    "Sums and products of a compact expression."
+    power: Callable[..., _Ratio]
+
+    def __init__(self, text: str):
+        self.atoms = _atom.findall(text)
+        if len(text) > _LETTERS or "".join(self.atoms) != text or re.search(r"(?<![A-Za-z\\])[A-Za-z]{2}|(?<![A-Za-z\\])[eiEI](?![A-Za-z])", text): raise ValueError("other notation")
+        self.atoms.append("")
+
+    def take(self, *wanted: str) -> str:
+        if wanted and self.atoms[0] not in wanted: raise ValueError("unexpected")
+        return self.atoms.pop(0)
+
+    def whole(self) -> _Ratio:
+        value = self.sum()
+        self.take("")
+        return value
+
+    def sum(self) -> _Ratio:
+        value = -self.product() if self.atoms[0] == "-" and self.take() else self.product()
+        while self.atoms[0] in ("+", "-"): value = value + (self.product() if self.take() == "+" else -self.product())
+        return value
+
+    def product(self) -> _Ratio:
+        value, before = self.power(), ""
+        while (now := self.atoms[0]) not in ("", "+", "-", ")", "}"):
+            if now in ("*", "/"): before = self.take(); value = value * self.power() if now == "*" else value / self.power()
+            elif before == "/" or now[0].isdigit() or now[0] == ".": raise ValueError("two readings")
+            else: value, before = value * self.power(beside=True), ""
+        return value
+
+# %% ../../nbs/30_verify.ipynb #7bc570cc
+class _Reader(_Sums):
+    "Reads a compact expression (see `_compact`) into a `_Ratio`. Raises `ValueError` for anything outside the grammar."
+
+    def power(self, beside: bool = False) -> _Ratio:
+        base, text = self.base(beside), ""
+        if self.atoms[0] != "^": return base
+        self.take()
+        if self.atoms[0] == "{": self.take(); text = (self.take() if self.atoms[0] == "-" else "") + self.take(); self.take("}")
+        elif len(self.atoms[0]) == 1: text = self.take()
+        if not re.fullmatch(r"-?\d{1,2}", text) or abs(int(text)) > _POWER: raise ValueError("not a small power")
+        return base ** int(text)
+
+    def base(self, beside: bool) -> _Ratio:
+        atom = self.take()
+        if atom[:1].isdigit() or atom[:1] == ".":
+            if self.atoms[0] == "\\frac": raise ValueError("two readings")
+            q = Fraction(atom)
+            return _Ratio({(1, ()): q.numerator} if q else {}, {(1, ()): q.denominator})
+        if atom == "\\frac": over = self.inside("{}"); return over / self.inside("{}")
+        if atom == "\\sqrt": return (self.base(beside) if re.fullmatch(r"\d", self.atoms[0]) else self.inside("{}")).root()
+        if atom == "(": self.atoms.insert(0, atom); return self.inside("()")
+        if atom != "\\pi" and not atom.isalpha() or self.atoms[0] == "(": raise ValueError("unexpected")
+        return _Ratio({(1, ((atom, 1),)): 1})
+
+    def inside(self, pair: str) -> _Ratio:
+        self.take(pair[0])
+        value = self.sum()
+        self.take(pair[1])
+        return value
+
+# %% ../../nbs/30_verify.ipynb #254287d6
+@lru_cache(maxsize=4096)
+def _exact(compact: str) -> _Ratio | None:
+    "The value of a compact text in the exact field; None where it has none or cannot be read."
+    try: return _Reader(compact).whole()
+    except (ValueError, RecursionError): return None
+
+# %% ../../nbs/30_verify.ipynb #ab1773ac
+def _quick_math(answer: str, gold: str, context) -> Verdict | None:
+    "Decide plain numbers, equal texts and what the exact field can decide on the spot; None leaves it to the worker."
+    a, g = _plain_number(answer), _plain_number(gold)
+    if a and g:
+        if a[0] == g[0]: return Verdict(True, "equal numbers")
+        return Verdict(False, "different integers") if a[1] == g[1] and a[0].denominator == g[0].denominator == 1 else None
+    if max(len(answer), len(gold)) > _LETTERS: return None
+    ca, cg = _compact(answer), _compact(gold)
+    if ca == cg: return Verdict(True, "same text")
+    if (x := _exact(ca)) is None or (y := _exact(cg)) is None: return None
+    with suppress(ValueError):  # too large to multiply out
+        if x == y: return Verdict(True, "equal in the exact field")
+        if "." not in ca + cg and x.letters() == y.letters(): return Verdict(False, "different in the exact field")
+    return None
 
 # %% ../../nbs/30_verify.ipynb #d544e843
 def _antlr_problem(version: str) -> str:
@@ -252,23 +397,6 @@ def _words(s: str) -> str | None:
         else None
     )
 
-# %% ../../nbs/30_verify.ipynb #7365363e
-_short_frac = re.compile(
-    r"\\[dtc]?frac\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])\s*(\d|\\(?:pi|theta|alpha|beta)(?![A-Za-z])|[A-Za-z])"
-)
-
-# %% ../../nbs/30_verify.ipynb #bd8fb538
-def _compact(s: str) -> str:
-    "Normal form of LaTeX: spelling variants that never change the meaning are removed."
-    s = re.sub(r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)(?![A-Za-z])|\\ |~", "", s)
-    s = (
-        re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", _short_frac.sub(r"\\frac{\1}{\2}", s))
-        .replace("−", "-")
-        .replace("\\cdot", "*")
-        .replace("\\times", "*")
-    )
-    return re.sub(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])", "", s.strip().rstrip(".").replace("{,}", ","))
-
 # %% ../../nbs/30_verify.ipynb #84c10f9e
 _power = re.compile(r"(\d+(?:\.\d+)?|[)}])\s*\^\s*(\{(?:[^{}]|\{[^{}]*\})*\}|\d)")
 _factorial = re.compile(r"(\d+)\s*\}?\s*!")
@@ -283,6 +411,10 @@ def _size(s: str, depth: int = 0) -> float:
     if not m or depth > 5: return 0.
     height = _size(m[2], depth + 1)
     return min(1e12, float(m[1]) ** min(height, 40)) if int(m[1]) > 1 else 1.
+
+def _too_deep(s: str, limit: int = 60) -> bool:
+    "Tell whether brackets nest deeper than anybody writes; parsers recurse."
+    return any(depth > limit for depth in itertools.accumulate(1 if c in "{([" else -1 for c in re.findall(r"[][(){}]", s)))
 
 def _too_large(s: str) -> bool:
     "Tell whether a text is a numeric expression of more digits, or a sum of more terms, than is worth evaluating."
@@ -300,6 +432,7 @@ def check_math(answer: str, gold: str, context) -> tuple[bool | None, str, str]:
     if bases[0] and bases[1] and bases[0][2] != bases[1][2]: return None, "numbers in different bases", ""
     parsed = []
     for name, s in (("answer", answer), ("gold answer", gold)):
+        if _too_deep(s): return None, "too deeply nested", ""
         if _too_large(s): return None, f"the {name} is too large to evaluate", ""
     for name, s, words in (("answer", answer, wa), ("gold answer", gold, wg)):
         try:
@@ -331,7 +464,18 @@ def check_regex(answer: str, gold: str, context) -> tuple[bool | None, str, str]
     "Search `answer` for the pattern `gold`; anchor it with ^ and $ to demand a full match."
     try: pattern = re.compile(gold)
     except re.error as e: return None, "the pattern is invalid", str(e)
-    return bool(pattern.search(answer)), "regex", ""
+    return bool((_linear(gold, answer) or pattern).search(answer)), "regex", ""
+
+_unlike = re.compile(r"[^\t\n\r -~]|\[:|\{,|\\B|\n\Z")  # where RE2 and Python read a pattern or a text differently
+
+def _linear(pattern: str, text: str):
+    "The pattern compiled by RE2, if that means the same on this text; else None."
+    import re2
+    options = re2.Options()
+    options.log_errors = False
+    if _unlike.search(pattern) or _unlike.search(text): return None
+    try: return re2.compile(pattern, options=options)
+    except re2.error: return None
 
 # %% ../../nbs/30_verify.ipynb #63e0ed32
 def check_json(answer: str, gold: str, context) -> tuple[bool | None, str, str]:

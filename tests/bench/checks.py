@@ -88,7 +88,7 @@ def main():
     for i, at in enumerate(places): dirty[at] = (*(RUNAWAY[i] if i < len(RUNAWAY) else PATHOLOGICAL[i % len(PATHOLOGICAL)]), None)
     works = {"math": [("math", *p) for p in pairs], "mixed": clean, "mixed, 5% pathological": dirty}
     seconds, wrong = {w: [] for w in [*works, "math-verify alone, one process"]}, []
-    with VerifierPool(workers=2, timeout=.5) as pool:
+    with VerifierPool(workers=2, timeout=.5, memory_mb=1024) as pool:
         run(pool, clean[:300])
         plain(pairs[:50])
         for _ in range(args.repeats):
