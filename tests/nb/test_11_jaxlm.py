@@ -10,7 +10,7 @@ from typing import Any
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
 from jax.core import Tracer
-from synthlab.core import BadInput
+from synthlab.core import BadInput, atomic_write
 
 from synthlab.lm.jaxlm import *
 
@@ -132,6 +132,22 @@ def test_folders_round_trip_sharded_or_not_in_both_dtypes():
         assert a.config == b.config and jax.tree.structure(a) == jax.tree.structure(b)
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)): assert x.dtype == jnp.float32 and bool((x == y).all())
         assert load_jax_model(folder, "bfloat16").embed.dtype == jnp.bfloat16
+
+
+def test_what_is_written_here_is_read_by_transformers():
+    import pytest, tempfile
+    ids = np.random.default_rng(0).integers(0, 199, (2, 40))
+    for family, settings in [("Llama", {}), ("Llama", dict(tie_word_embeddings=True)), ("Mistral", dict(sliding_window=20, attn_implementation="eager")), ("Qwen2", {}), ("Qwen3", {})]:
+        source, folder, alone, m = tempfile.mkdtemp(), tempfile.mkdtemp(), tempfile.mkdtemp(), tiny_torch(family, **settings)
+        m.save_pretrained(source)
+        changed = jax.tree.map(lambda a: a * 1.1, load_jax_model(source))
+        save_jax_model(changed, folder, like=source); save_jax_model(changed, alone)
+        for f in (folder, alone):
+            assert load_jax_model(f).config == changed.config
+            for x, y in zip(jax.tree.leaves(load_jax_model(f)), jax.tree.leaves(changed)): np.testing.assert_array_equal(x, y)
+            read = transformers.AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32, attn_implementation="eager").eval()
+            np.testing.assert_allclose(torch_log_probs(read, ids), log_probs(changed, ids), atol=1e-3)
+    with pytest.raises(BadInput, match="another configuration"): save_jax_model(random_params(Config("llama", 9, 16, 1, 2, 2, 8, 16, 1e-5, 64)), folder, like=source)
 
 
 def test_what_would_be_computed_wrongly_is_refused():
