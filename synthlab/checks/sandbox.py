@@ -497,6 +497,7 @@ class _Line:
 class _Replies(_Line):
     "What comes back from a call: a value with effects, or an exception."
 
+    # `_Party` says how
     def show(self, obj): raise NotImplementedError
     def find(self, tag, body): raise NotImplementedError
     def operate(self, op, target, *args): raise NotImplementedError
@@ -607,7 +608,7 @@ def _equip():
 class _Party(_Peer):
     "What can be done with the objects of one process."
 
-    def check(self, obj): raise NotImplementedError
+    def check(self, obj): raise NotImplementedError  # `_Candidate` and `_Judge` say how
 
     def show(self, obj):
         if type(obj) is _Remote: return {"own": obj._number}
