@@ -5,6 +5,8 @@ NOTEBOOKS := $(wildcard nbs/*.ipynb)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.venv/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.3
 
 .PHONY: demo test test-slow lab bench docs sync lint clean system
 

@@ -6,12 +6,12 @@
 __all__ = ['EMBEDDED_HUB_ID', 'folder_revision', 'ModelFolder', 'TextModel', 'LocalLM', 'embedded_lm', 'gguf_lm', 'hf_lm']
 
 # %% ../../nbs/14_local.ipynb #71ab261a
-import importlib, json, threading
+import copy, importlib, json, threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 import numpy as np
 from ..core import BadInput, Message, Usage, as_messages, content_id
 from .backends import Completion, LMError, Request, Sampling
@@ -91,6 +91,13 @@ class TextModel(ModelFolder):
         ids = [self.tokenizer.eos_token_id, self.config.get("eos_token_id")]
         if (p := self.folder / "generation_config.json").exists(): ids.append(json.loads(p.read_text(encoding="utf-8")).get("eos_token_id"))
         return frozenset(i for x in ids for i in (x if isinstance(x, list) else [x]) if i is not None)
+
+    def with_params(self, params, tag: str) -> Self:
+        "This model with other weights, which `tag` identifies: it becomes a part of the revision."
+        new = copy.copy(self)
+        new.__dict__ |= {"params": params, "engine": "jax", "revision": f"{self.revision}+{tag}"}
+        new.__dict__.pop("torch_model", None)
+        return new
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         "Token ids of a prompt, up to where the assistant's reply begins; without a chat template, the texts stand one below the other."

@@ -10,8 +10,10 @@ from typing import Any
 import jax, jax.numpy as jnp, numpy as np, optax, pandas as pd
 from jax import lax
 from tqdm.auto import tqdm
-from synthlab.core import BadInput, SynthlabError, atomic_write, derive_seed
-from synthlab.lm.jaxlm import Adapted, Config, Params, array_shapes, dot, finish_layer, project_qkv, rms_norm, rope_angles, row_blocks, token_logprobs
+from synthlab.core import Accounting, BadInput, Example, Message, SynthlabError, atomic_write, content_id, derive_seed
+from synthlab.lm.jaxlm import Adapted, Config, Params, array_shapes, dot, finish_layer, project_qkv, rms_norm, rope_angles, row_blocks, save_jax_model, token_logprobs
+from synthlab.lm.local import LocalLM
+from synthlab.scoring.logprobs import score_replies
 from synthlab.store import Store
 
 from synthlab.training.sft import *
@@ -25,6 +27,25 @@ def sorting(step, model=None, n=16, length=5):
     digits = rng.integers(0, 10, (n, length))
     ids = np.concatenate([digits, np.full((n, 1), 10), np.sort(digits, 1)], 1)
     return lay_out([[next_token(t, np.where(np.arange(len(t)) > length, 1 / (n * length), 0))] for t in ids], 64), {}
+
+import tempfile
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+def word_lm(params, folder):
+    "A model with one token a word: digits, a sign, an end."
+    words = [*map(str, range(10)), ">", "<end>"]
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<end>"))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<end>").save_pretrained(folder)
+    return LocalLM(save_jax_model(params, folder), name="sorter")
+
+def exercise(seed, sort=sorted, n=5):
+    digits = np.random.default_rng(seed).integers(0, 10, n).tolist()
+    spell = lambda xs: " ".join(map(str, xs))
+    return Example(f"{n}-{seed}", [{"role": "user", "content": spell(digits) + " >"}, {"role": "assistant", "content": spell(sort(digits))}], "test")
+
+small = Config("llama", 12, 64, 2, 4, 4, 16, 128, 1e-5, 64, True)
 
 
 def test_packing_keeps_every_text_whole_and_once():
@@ -121,14 +142,30 @@ def test_an_adapted_model_starts_as_itself_and_equals_its_merged_form():
     assert all(float(np.abs(g).max()) == 0 for g, _ in grads.values()) and all(float(np.abs(g).max()) > 0 for _, g in grads.values()), "A learns only after B has moved"
 
 
+def test_the_step_is_adamw():
+    rng = np.random.default_rng(0)
+    tree = lambda: {"a": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "b": jnp.asarray(rng.normal(size=5), jnp.float32)}
+    for schedule in ("constant", "linear", "cosine"):
+        ours, rate = Optimizer(.05, schedule, warmup=3, weight_decay=.1), .05
+        falls = {"constant": optax.constant_schedule(rate), "linear": optax.linear_schedule(rate, 0., 9), "cosine": optax.cosine_decay_schedule(rate, 9)}[schedule]
+        peer = optax.chain(optax.clip_by_global_norm(1.), optax.adamw(optax.join_schedules([optax.linear_schedule(rate / 3, rate, 2), falls], [3]), .9, .99, weight_decay=.1))
+        x = y = tree()
+        mine, theirs = ours.build().init(x), peer.init(y)
+        for step in range(12):
+            grads = tree()
+            u, mine = ours.build().update(grads, mine, x)
+            v, theirs = peer.update(grads, theirs, y)
+            x, y = jax.tree.map(lambda w, d: w - ours.rate(step, 12) * d, x, u), optax.apply_updates(y, v)
+        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y)): np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_parts_of_a_batch_add_up():
     params, rng = random_params(tiny, 1, scale=.1), np.random.default_rng(0)
     texts = [next_token(rng.integers(0, 40, n), np.full(n, 1 / 400)) for n in rng.integers(5, 60, 14)]
     outcomes = []
-    for rows in (None, 4, 1):
-        step = make_step(likelihood_loss, Optimizer(1e-2), 10, whole_tree)
+    for rows in (None, 2):
         start = jax.tree.map(jnp.array, params)
-        outcomes.append(step(start, Optimizer(1e-2).build(10).init(start), lay_out([[t] for t in texts], 64, rows), None, None))
+        outcomes.append(make_step(likelihood_loss, Optimizer(), whole_tree)(start, Optimizer().build().init(start), lay_out([[t] for t in texts], 64, rows), 1e-2, None, None))
     for new, _, numbers in outcomes[1:]:
         np.testing.assert_allclose(numbers["loss"], outcomes[0][2]["loss"], rtol=1e-5)
         np.testing.assert_allclose(numbers["grad_norm"], outcomes[0][2]["grad_norm"], rtol=1e-4)
@@ -176,11 +213,11 @@ def test_what_cannot_go_on_says_so_and_spoils_nothing():
         good = fit(params, likelihood_loss, sorting, 8, folder=folder, progress="")
         assert good.history.step.tolist() == list(range(1, 9)) and np.isfinite(good.history.loss).all()
         with pytest.raises(BadInput, match=r"other settings \(learning_rate, steps\)"): fit(params, likelihood_loss, sorting, 9, optimizer=Optimizer(.1), folder=folder, progress="")
-        with pytest.raises(BadInput, match="belongs to another model or method"): fit(params, likelihood_loss, sorting, 8, lora=2, folder=folder, progress="")
+        with pytest.raises(BadInput, match="belongs to another model or method"): fit(params, likelihood_loss, sorting, 8, lora=4, folder=folder, progress="")
     for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(params)): np.testing.assert_array_equal(a, b)
     skipping = fit(params, likelihood_loss, lambda step, model: (None, {"why": 1}) if step % 2 else sorting(step), 4, progress="")
     assert skipping.history.skipped.tolist()[1::2] == [1, 1] and skipping.history.loss.isna().tolist() == [False, True, False, True]
-    with pytest.raises(BadInput, match="unknown schedule"): fit(params, likelihood_loss, sorting, 2, optimizer=Optimizer(schedule="square"), progress="")
+    with pytest.raises(BadInput, match="unknown schedule"): Optimizer(schedule="square")
     with pytest.raises(BadInput, match="dtype float32 or bfloat16"): fit(params, likelihood_loss, sorting, 2, dtype="int8", progress="")
 
 
@@ -193,3 +230,35 @@ def test_rounded_products_and_full_master_weights():
     b = jax.tree.map(lambda a: a[0], sorting(0)[0])
     exact, rough = (jax.grad(lambda p: likelihood_loss(_rounded(p, d), b)[0])(params) for d in ("float32", "bfloat16"))
     for x, y in zip(jax.tree.leaves(exact), jax.tree.leaves(rough)): assert (x * y).sum() > .999 * jnp.linalg.norm(x.ravel()) * jnp.linalg.norm(y.ravel()), "every weight learns, the head included"
+
+
+def test_only_what_the_assistant_says_is_learnt():
+    import pytest
+    with tempfile.TemporaryDirectory() as folder:
+        lm = word_lm(random_params(small, 0, scale=.1), folder)
+        said = [{"role": "user", "content": "3 1 >"}, {"role": "assistant", "content": "1 3"}, {"role": "user", "content": "2 0 >"}, {"role": "assistant", "content": "0 2"}]
+        ids, weights = reply_weights(lm, said)
+        assert [lm.tokenizer.convert_ids_to_tokens(i) for i, w in zip(ids, weights) if w] == ["1", "3", "<end>", "0", "2", "<end>"] or sum(weights) == 3
+        assert lm.decode(ids).startswith("3 1 > 1 3")
+        with pytest.raises(BadInput, match="pair 1: the last message"): conversation(lm, said[:1], "pair 1")
+        done = sft(lm, [exercise(0), exercise(1, n=40), exercise(2)], epochs=1, batch_size=2, max_tokens=20, progress="")
+        assert str(done.accounting) == "3 rows: 2 ok, 1 filtered (longer than 20 tokens: 1)" and len(done.history) == 1
+        with pytest.raises(BadInput, match="no example to train on"): sft(lm, [exercise(1, n=40)], max_tokens=20, progress="")
+
+
+def test_order_of_an_epoch():
+    for step, size, n in [(0, 4, 10), (3, 5, 7)]: assert epoch_order(n, size, step, 1) == epoch_order(n, size, step, 1) and len(epoch_order(n, size, step, 1)) == size
+    seen = [i for step in range(5) for i in epoch_order(10, 4, step, 3)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+def test_preferences_and_a_teacher_are_learnt():
+    with tempfile.TemporaryDirectory() as folder:
+        lm = word_lm(random_params(small, 0, scale=.1), folder)
+        pairs = [(e.messages[:1], e.messages[1]["content"], " ".join(reversed(e.messages[1]["content"].split()))) for e in (exercise(s) for s in range(32))]
+        preferred = dpo(lm, pairs, epochs=10, batch_size=16, optimizer=Optimizer(3e-3), progress="")
+        np.testing.assert_allclose(preferred.history.loss.iloc[0], np.log(2), rtol=1e-4, err_msg="the policy starts as its reference")
+        assert preferred.history.right.iloc[-1] == 1 and preferred.history.loss.iloc[-1] < .3 and preferred.lm.revision != lm.revision
+        examples = [exercise(s) for s in range(64)]
+        taught = distill(lm, preferred.lm, examples, epochs=5, optimizer=Optimizer(1e-2), progress="")
+        assert taught.history.loss.iloc[-1] < .3 * taught.history.loss.iloc[0]
