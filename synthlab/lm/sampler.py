@@ -135,11 +135,14 @@ def tile_for(
     shared: float,  # requests that have the same prompt, on average
 ) -> Tile:
     "Choose a tile: P, S and the number of rows follow from the request and the device; how rows are seated changes speed and never a result."
-    P, S = bucket(prompt_length, 128), bucket(max_tokens)
+    P, S = bucket(prompt_length, _grain(config)), bucket(max_tokens)
     positions = 2**30 // (8 * config.num_layers * config.num_kv_heads * config.head_dim)  # float32 keys and values in 1 GiB
     R = 2 ** int(np.log2(max(4, min(positions // (P + S), rows))))
     lanes = next((n for n in (16, 8, 4, 2) if n <= R and -(-shared // n) * n <= 1.25 * shared), 1)  # few seats stay empty
     return Tile(P, S, R // lanes, lanes)
+
+def _small(config: Config) -> bool: return config.vocab_size * config.hidden_size < 2**20  # a step is all overhead
+def _grain(config: Config) -> int: return 32 if _small(config) else 128  # of prompt lengths
 
 # %% ../../nbs/13_sampler.ipynb #54947dcc
 Array = Any  # a NumPy array between turns, a JAX array inside the program
@@ -331,13 +334,13 @@ def _together(workers: Sequence[_Worker]) -> Iterator[tuple[int, Sample]]:
 def _generate(params, prompts, seeds, max_tokens, batch_size, settings, finished, mesh: Mesh | None) -> Iterator[tuple[int, Sample]]:
     "Sample one prompt bucket after another."
     buckets: dict[int, list[int]] = {}
-    for i, p in enumerate(prompts): buckets.setdefault(bucket(len(p), 128), []).append(i)
+    for i, p in enumerate(prompts): buckets.setdefault(bucket(len(p), _grain(params.config)), []).append(i)
     devices = list(params.embed.devices())[:1] if mesh is None else list(mesh.devices.flat)
     models = [_Model(params if mesh is None else jax.device_put(params, d)) for d in devices]
     cpu = devices[0].platform == "cpu"
     for rows in buckets.values():
         shared = len(rows) / len({prompts[i] for i in rows})
-        tile = tile_for(params.config, len(prompts[rows[0]]), max_tokens, 16 if cpu else 128, shared)
+        tile = tile_for(params.config, len(prompts[rows[0]]), max_tokens, 16 if cpu and not _small(params.config) else 128, shared)
         busy = -(-min(batch_size or len(rows), len(rows)) // tile.rows)  # tiles that have something to do
         crew = (models * 2 if cpu else models)[:busy]
         parts = _parts(prompts, rows, tile.lanes)

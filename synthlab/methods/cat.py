@@ -47,6 +47,7 @@ class Setting:
     temperature: float = 0.0  # of the anchor
     concurrency: int | None = None
     progress: bool = True
+    prompt: Callable[[Task, Sequence[str], bool], list[Message]] | None = None  # (task, attempts, show_question) -> what the anchor reads; None: `synthesis_messages`
 
     def model(self, estimator: str) -> LM:
         if self.anchor is None: raise BadInput(f"estimator {estimator!r} asks a model: pass anchor=")
@@ -134,7 +135,7 @@ def synthesize(
     s = Setting(anchor, **setting)
     shown, requests = [], []
     for g, d in zip(groups, donors or groups, strict=True):
-        ask = lambda order, g=g, d=d: synthesis_messages(g.task, [d.rollouts[i].text for i in order], s.show_question)
+        ask = lambda order, g=g, d=d: (s.prompt or synthesis_messages)(g.task, [d.rollouts[i].text for i in order], s.show_question)
         wanted = shown_order(d, s.seed, rollouts)
         order = _fit(anchor, wanted, ask, s.max_tokens)
         shown.append((order, len(wanted) - len(order)))

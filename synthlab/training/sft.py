@@ -37,8 +37,8 @@ class Text:
 
 
 def next_token(
-    ids: Sequence[int],  # (T + 1,) tokens
-    weights: Sequence[float] | None = None,  # (T + 1,) of predicting each token; the first is not used; None: all 1
+    ids: Sequence[int] | np.ndarray,  # (T + 1,) tokens
+    weights: Sequence[float] | np.ndarray | None = None,  # (T + 1,) of predicting each token; the first is not used; None: all 1
     prefix: int = 0,  # this many tokens see each other in both directions
 ) -> Text:
     "Lay out next-token prediction; with `prefix` a prefix LM, which does not learn its prefix."
@@ -339,7 +339,7 @@ class Fit:
 def fit(
     params: Params,  # left as it is
     loss: Loss,
-    batches: Callable[[int, Params], tuple[Batch | None, dict]],  # (step, current model) -> the batch, or None to skip; numbers to report
+    batches: Callable[[int, Params], tuple[Batch | Sequence[Batch] | None, dict]],  # (step, current model) -> the batch, or several for as many updates, or None to skip; numbers to report
     steps: int,
     *,
     optimizer: Optimizer = Optimizer(),
@@ -347,6 +347,7 @@ def fit(
     dtype: str = "float32",  # of the matrix products: "float32" | "bfloat16"
     held: Any = None,  # passed to the loss
     after: Callable[[int, Params], dict] | None = None,  # called before the first and after each step; what it returns is reported with the step
+    stop: Callable[[list[dict]], bool] = lambda rows: False,  # asked after each step with all rows so far; True ends the run early, and its checkpoint is kept
     folder: str | Path | None = None,  # checkpoint and journal; a run that is there already goes on
     save_every: int = 50,  # steps between checkpoints
     settings: Mapping[str, Any] | None = None,  # what else decides the outcome, JSON-able: another run in the same folder is refused
@@ -355,10 +356,10 @@ def fit(
     "Train. Raises `TrainingError` when the loss is not finite, `BadInput` for a folder that holds another run."
     if steps < 1 or dtype not in ("float32", "bfloat16"): raise BadInput(f"steps >= 1 and dtype float32 or bfloat16, got {steps} and {dtype!r}")
     run = _Run(params, loss, steps, optimizer, lora, dtype, held, None if folder is None else Path(folder), dict(settings or {}))
-    if run.done == 0 and after: run.journal.add({"step": 0, **after(0, run.model)})
+    if run.done == 0 and after and (row := after(0, merge(run.model))): run.journal.add({"step": 0, **row})
     with tqdm(total=steps, initial=run.done, desc=progress, disable=not progress, unit="step") as bar:
         try:
-            while run.done < steps:
+            while run.done < steps and not stop(run.journal.rows):
                 bar.set_postfix({k: f"{v:.3g}" for k, v in run.advance(batches, after).items() if k in ("loss", "reward", "accuracy")})
                 bar.update()
                 if run.done % save_every == 0: run.save()
@@ -391,14 +392,19 @@ class _Run:
         batch, row = batches(self.done, merge(self.model))
         if batch is None: row["skipped"] = 1
         else:
-            *state, numbers = self.step(*self.state, batch, self.rate(self.done), self.frozen, self.held)
-            row |= {k: float(v) for k, v in numbers.items()}
-            if not all(math.isfinite(row[k]) for k in ("loss", "grad_norm")):
-                raise TrainingError(f"step {step}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; lower the learning rate. The checkpoint of step {self.saved} is good")
-            self.state = tuple(state)
+            for b in [batch] if isinstance(batch, Batch) else batch: row |= self.update(b, step)
         self.done = step
         if after: row |= after(step, merge(self.model))
         self.journal.add({"step": step, **row, "seconds": time.monotonic() - start})
+        return row
+
+    def update(self, batch: Batch, step: int) -> dict[str, float]:
+        "Move the weights once. A step that fails halfway is taken again as a whole: what is kept is the state of a finished step."
+        *state, numbers = self.step(*self.state, batch, self.rate(self.done), self.frozen, self.held)
+        row = {k: float(v) for k, v in numbers.items()}
+        if not all(math.isfinite(row[k]) for k in ("loss", "grad_norm")):
+            raise TrainingError(f"step {step}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; lower the learning rate. The checkpoint of step {self.saved} is good")
+        self.state = tuple(state)
         return row
 
     def save(self) -> None:

@@ -216,6 +216,11 @@ def test_what_cannot_go_on_says_so_and_spoils_nothing():
         with pytest.raises(BadInput, match="belongs to another model or method"): fit(params, likelihood_loss, sorting, 8, lora=4, folder=folder, progress="")
     for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(params)): np.testing.assert_array_equal(a, b)
     skipping = fit(params, likelihood_loss, lambda step, model: (None, {"why": 1}) if step % 2 else sorting(step), 4, progress="")
+    early = fit(params, likelihood_loss, sorting, 8, stop=lambda rows: len(rows) == 3, progress="")
+    assert early.history.step.tolist() == [1, 2, 3]
+    twice = fit(params, likelihood_loss, lambda step, model: ([sorting(step)[0]] * 2, {}), 2, optimizer=Optimizer(schedule="constant"), progress="")
+    once = fit(params, likelihood_loss, lambda step, model: sorting(step // 2), 4, optimizer=Optimizer(schedule="constant"), progress="")
+    for a, b in zip(jax.tree.leaves(twice.params), jax.tree.leaves(once.params)): np.testing.assert_array_equal(a, b)
     assert skipping.history.skipped.tolist()[1::2] == [1, 1] and skipping.history.loss.isna().tolist() == [False, True, False, True]
     with pytest.raises(BadInput, match="unknown schedule"): Optimizer(schedule="square")
     with pytest.raises(BadInput, match="dtype float32 or bfloat16"): fit(params, likelihood_loss, sorting, 2, dtype="int8", progress="")
