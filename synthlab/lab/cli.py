@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'app', 'Out', 'RunFolder', 'RunSettings', 'parse_config', 'open_run', 'read_run', 'sample_run',
-           'run_cat', 'summary_table', 'cat', 'score', 'report', 'examine', 'doctor', 'main']
+           'run_cat', 'summary_table', 'cat', 'score', 'report', 'train', 'examine', 'doctor', 'main']
 
 # %% ../../nbs/83_cli.ipynb #f7e0f470
 import importlib.metadata, importlib.util, json, platform, shutil, sys
@@ -231,6 +231,54 @@ def report(run: RunFolder) -> None:
     "Write a run's report, data set and tables again from its journal."
     run_cat(run, read_run(run))
     typer.echo(f"report: {run / 'report.html'}")
+
+# %% ../../nbs/83_cli.ipynb #bd02f4a9
+@app.command()
+def train(
+    method: Annotated[str, typer.Argument(help="cat, ttrl, rlvr, min_ppl, self_bon, rubric, cat_sft, rft, rft_majority.")] = "cat",
+    out: Out = Path("runs/train"),
+    preset: Annotated[str, typer.Option(help="organism: raise small models, train every arm, and test the claims made for CaT.")] = "",
+    quick: Annotated[bool, typer.Option(help="With --preset: minutes in place of an hour.")] = False,
+    tasks: Annotated[str, typer.Option(help="A reasoning-gym set, gsm8k, math500, or a file.")] = "chain_sum",
+    n: Annotated[int, typer.Option(help="Number of tasks to train on.")] = 64,
+    held_out: Annotated[int, typer.Option(help="Number of further tasks to measure on.")] = 32,
+    model: Annotated[str, typer.Option(help="A local model: embedded, hf:..., gguf:...")] = "embedded",
+    steps: int = 20,
+    batch: Annotated[int, typer.Option(help="Tasks a step.")] = 4,
+    rollouts: Annotated[int, typer.Option(help="Rollouts a task (G).")] = 8,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-5,
+    lora: Annotated[int, typer.Option(help="Rank of low-rank changes; 0 trains all weights.")] = 16,
+    max_tokens: int = 64,
+    seed: int = 0,
+    config: Annotated[str, typer.Option(help="Settings of a reasoning-gym set: key=value,key=value.")] = "",
+) -> None:
+    "Train a model on references it makes itself (CaT-RL), or on those of a rival method."
+    if preset not in ("", "organism"): raise BadInput(f"unknown preset {preset!r}; known: organism")
+    if preset: return _train_organism(out, quick)
+    from synthlab.lm.backends import load_lm
+    from synthlab.tasks import load_tasks
+    from synthlab.training.grpo import Sampler, train_rl
+    from synthlab.training.sft import Optimizer
+    every = load_tasks(tasks, n=n + held_out, seed=seed, **parse_config(config))
+    lm: Any = load_lm(model)  # `train_rl` says what is wrong with one that cannot be trained
+    done = train_rl(lm, every[:n], method, held_out=every[n:], sampler=Sampler(batch, rollouts, max_tokens=max_tokens), steps=steps, measure_every=max(1, steps // 2), seed=seed, folder=out,
+                    lora=lora, optimizer=Optimizer(rate, "constant"), save_every=1)
+    show = ["step", "held_out", "held_out_greedy", "accuracy", "reference_accuracy", "majority_share", "flat", "entropy", "policy_tokens", "anchor_tokens"]
+    _print_frame(done.history[[c for c in show if c in done.history]].iloc[[0, *range(-min(4, len(done.history) - 1), 0)]])
+    typer.echo(f"model: {out / 'model'}" + ("" if done.alarm is None else f"\ncollapse alarm: step {done.alarm}"))
+
+def _train_organism(out: Path, quick: bool) -> None:
+    from synthlab.training.claims import QUICK, Plan, claims_table, run_claims
+    found = run_claims(out, QUICK if quick else Plan())
+    table = claims_table(found)
+    for name, frame in (found | {"table": table}).items(): atomic_write(out / f"{name}.csv", frame.to_csv(index=False))
+    _print_frame(table)
+    typer.echo(f"tables: {out}/*.csv")
+
+def _print_frame(frame) -> None:
+    t = Table(*frame.columns, box=SIMPLE_HEAD)
+    for row in frame.itertuples(index=False): t.add_row(*["" if v is None or v != v else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row])
+    Console(force_jupyter=False, width=200).print(t)
 
 # %% ../../nbs/83_cli.ipynb #7c004c36
 def _version(package: str) -> str:

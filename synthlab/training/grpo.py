@@ -303,6 +303,7 @@ def train_rl(
 ) -> TrainedPolicy:
     "Train a policy on its own rollouts. Raises `BadInput` for tasks that are also held out, `TrainingError` when the loss is not finite or the reward fails."
     method, algorithm = _named(method, METHODS, "method"), _named(algorithm, ALGORITHMS, "algorithm")
+    if getattr(lm, "engine", "") != "jax": raise BadInput(f"training needs a local model that the JAX engine runs, not {lm.name!r}")
     _check_tasks(tasks, held_out, sampler)
     batches = _Batches(lm, tasks, method, algorithm, sampler, anchor or lm, judge, reward, seed, dict(setting or {}), part)
     settings = {"method": asdict(method), "algorithm": asdict(algorithm), "sampler": asdict(sampler), "seed": seed, "model": f"{lm.name}@{lm.revision}", "tasks": content_id([t.id for t in tasks])}

@@ -6,7 +6,7 @@
 __all__ = ['DIGITS', 'PARTS', 'FACTS', 'PRIORS', 'LETTERS', 'WORDS', 'MIX', 'QUESTIONS', 'ROW', 'LONG_EVERY', 'LONG', 'SIZE',
            'World', 'make_world', 'solution_ids', 'question_ids', 'spell', 'problems', 'question_texts',
            'reconciliation_ids', 'reconciliation_texts', 'raising_batch', 'write_tokenizer', 'raise_organism',
-           'anchor_prompt']
+           'anchor_prompt', 'plurality_of_parts']
 
 # %% ../../nbs/53_organism.ipynb #552d95b9
 import json
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 import jax, jax.numpy as jnp, numpy as np
-from ..core import BadInput, Message, Task, atomic_write, content_id, derive_seed
+from ..core import BadInput, Group, Message, Task, atomic_write, content_id, derive_seed
 from ..lm.jaxlm import Config, Params, random_params, save_jax_model
 from ..lm.local import LocalLM
 from .sft import Batch, Optimizer, Text, fit, lay_out, likelihood_loss, next_token
@@ -205,3 +205,11 @@ def raise_organism(
 def anchor_prompt(task: Task, texts: Sequence[str], show_question: bool = False) -> list[Message]:
     "The anchor's prompt for `synthesize(..., prompt=anchor_prompt)`."
     return [{"role": "user", "content": " ".join(["R", *([task.messages[-1]["content"]] if show_question else []), *(f"| {t}" for t in texts), "S"])}]
+
+# %% ../../nbs/53_organism.ipynb #be47694c
+def plurality_of_parts(group: Group) -> str | None:
+    "The answer from the most frequent value of each part, first seen on a tie; None where no rollout has the form of a solution."
+    attempts = [[int(w[1]) for w in r.text.split() if w[0] in LETTERS] for r in group.rollouts]
+    attempts = [a for a in attempts if len(a) == PARTS]
+    if not attempts: return None
+    return str(sum(max(column, key=column.count) for column in zip(*attempts)) % DIGITS)

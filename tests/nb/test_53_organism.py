@@ -8,12 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 import jax, jax.numpy as jnp, numpy as np
-from synthlab.core import BadInput, Message, Task, atomic_write, content_id, derive_seed
+from synthlab.core import BadInput, Group, Message, Task, atomic_write, content_id, derive_seed
 from synthlab.lm.jaxlm import Config, Params, random_params, save_jax_model
 from synthlab.lm.local import LocalLM
 from synthlab.training.sft import Batch, Optimizer, Text, fit, lay_out, likelihood_loss, next_token
 
 from synthlab.training.organism import *
+
+
+def test_plurality_mends_what_no_attempt_has():
+    from synthlab.core import Rollout
+    t = problems(make_world(), 1)[0]
+    spelt = [spell(solution_ids(np.array(v), np.array(0))) for v in ([1, 2, 3, 4, 0], [1, 2, 3, 9, 5], [7, 2, 3, 4, 5])]
+    roll = lambda i, text: Rollout(t.id, i, text)
+    assert plurality_of_parts(Group(t, [roll(i, x) for i, x in enumerate(spelt)])) == "5" and plurality_of_parts(Group(t, [roll(0, "A1")])) is None
 
 
 def test_a_world_says_what_it_is_made_to_say():

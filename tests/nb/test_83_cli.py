@@ -67,6 +67,8 @@ def test_exit_codes_and_messages():
         (("cat", "--estimators", "best", "--model", "stub", "--n", "2", "--out", d + "/c"), 2, "unknown estimator"),
         (("score", d + "/none"), 2, "no run here"),
         (("frobnicate",), 2, "frobnicate"),
+        (("train", "--preset", "zoo"), 2, "unknown preset 'zoo'"),
+        (("train", "--model", "stub", "--out", d + "/t"), 2, "needs a local model"),
         (("cat", "--n", "0", "--model", "stub", "--out", d + "/e"), 2, "at least one task"),
     ]:
         got, _, err = run_main(*argv)
