@@ -16,6 +16,8 @@ _WHERE = {
     "synthlab.checks.verify": ("extract_answer", "verifier", "verify"),
     "synthlab.methods.cat": ("estimate", "reward", "synthesize"),
     "synthlab.methods.compare": ("compare",),
+    "synthlab.training.evaluate": ("compare_models", "evaluate"),
+    "synthlab.training.contamination": ("claim", "contamination", "split_tasks"),
     "synthlab.scale.export": ("to_dataset", "write_dataset"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from synthlab.scoring.logprobs import score
     from synthlab.store import Store
     from synthlab.tasks import load_tasks
+    from synthlab.training.contamination import claim, contamination, split_tasks
+    from synthlab.training.evaluate import compare_models, evaluate
 
 
 def __getattr__(name: str):

@@ -267,6 +267,7 @@ def train(
     _print_frame(done.history[[c for c in show if c in done.history]].iloc[[0, *range(-min(4, len(done.history) - 1), 0)]])
     typer.echo(f"model: {out / 'model'}" + ("" if done.alarm is None else f"\ncollapse alarm: step {done.alarm}"))
 
+# %% ../../nbs/83_cli.ipynb #05228291
 def _train_organism(out: Path, quick: bool) -> None:
     from synthlab.training.claims import QUICK, Plan, claims_table, run_claims
     found = run_claims(out, QUICK if quick else Plan())

@@ -96,7 +96,7 @@ def train_job(plan: Plan, job: Job, folder: Path) -> list[dict]:
     h["tokens"] = h[["policy_tokens", "anchor_tokens"]].fillna(0).sum(axis=1).cumsum()
     kept = h[h.step.isin([0, *range(plan.every, plan.steps + 1, plan.every)])]
     first = {"teacher": float(h.reference_accuracy.dropna().iloc[:3].mean()), "alarm": done.alarm}
-    return [first | {k: (None if isinstance(v, float) and math.isnan(v) else v) for k, v in r.items() if k != "seconds"} for r in kept.to_dict("records")]
+    return [first | r for r in kept.drop(columns="seconds").to_dict("records")]
 
 
 RUN = {"raise": lambda plan, job, folder: [] if organism(plan, job, folder) else [], "compare": compare_job, "tune": train_job, "train": train_job}
@@ -108,6 +108,8 @@ def _pin(counter) -> None:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[mine % len(cores)]})
+
+def _plain(row: dict) -> dict: return {k: None if isinstance(v, float) and math.isnan(v) else v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
 
 def _work(plan: Plan, job: Job, folder: str) -> list[dict]: return RUN[job.kind](plan, job, Path(folder))
 
@@ -131,7 +133,7 @@ def run_jobs(
                 while waiting:
                     for f in wait(waiting, return_when=FIRST_COMPLETED).done:
                         job = waiting.pop(f)
-                        store.put("claims", {key(job): {"job": asdict(job), "rows": f.result()}})
+                        store.put("claims", {key(job): {"job": asdict(job), "rows": [_plain(row) for row in f.result()]}})
                         bar.update()
             finally: pool.shutdown(cancel_futures=True)
     found = store.rows("claims")

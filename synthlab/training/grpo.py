@@ -173,7 +173,7 @@ class Sampler:
     max_tokens: int = 256
     anchor_tokens: int = 512  # of a reference
 
-
+# %% ../../nbs/51_grpo.ipynb #e90bddc8
 @dataclass(frozen=True)
 class _Batches:
     "Makes the batch of a step from the current weights."
@@ -191,7 +191,7 @@ class _Batches:
 
     def __call__(self, step: int, params: Params) -> tuple[list[Batch] | None, dict]:
         groups, refs, rewards = self.draw(step, self.lm.with_params(params, f"{self.seed}-{step}"))
-        units = self.reinforce(groups, rewards) if self.method.learn == "rl" else self.imitate(groups, refs, rewards)
+        units = _reinforce(self, groups, rewards) if self.method.learn == "rl" else _imitate(self, groups, refs, rewards)
         row = diagnose(groups, refs, rewards)
         if not units: return None, row
         length = 64 * -(-max(len(u[0].inputs) for u in units) // 64)
@@ -212,32 +212,36 @@ class _Batches:
         tasks = [self.tasks[i] for i in dict.fromkeys(epoch_order(len(self.tasks), s.tasks, at, self.seed))]
         groups = sample(policy, tasks, s.rollouts, temperature=s.temperature, max_tokens=s.max_tokens, seed=derive_seed(self.seed, "rollouts", at), progress=False)
         refs = references(groups, self.method.estimator, self.anchor, seed=derive_seed(self.seed, "references", at), max_tokens=s.anchor_tokens, **self.setting)
-        try: return groups, refs, self.rewards(groups, refs)
+        try: return groups, refs, _rewards(self, groups, refs)
         except Exception as e: raise TrainingError(f"step {step + 1}: the reward failed ({type(e).__name__}: {e}). The last checkpoint is good") from e
 
-    def rewards(self, groups: list[Group], refs: list[Reference]) -> np.ndarray:
-        if self.custom: return checked_rewards(self.custom(groups, refs), groups)
-        if self.method.reward == "agree": return reward(groups, refs)
-        return rubric_reward(groups, propose_rubric(groups, refs, self.anchor, progress=False), self.judge or self.anchor, progress=False)
+# %% ../../nbs/51_grpo.ipynb #ae1d4a04
+def _rewards(run: _Batches, groups: list[Group], refs: list[Reference]) -> np.ndarray:
+    if run.custom: return checked_rewards(run.custom(groups, refs), groups)
+    if run.method.reward == "agree": return reward(groups, refs)
+    return rubric_reward(groups, propose_rubric(groups, refs, run.anchor, progress=False), run.judge or run.anchor, progress=False)
 
-    def reinforce(self, groups: Sequence[Group], rewards: np.ndarray) -> list[list[Text]]:
-        a, rollouts = self.algorithm, [r for g in groups for r in g.rollouts]
-        prompts = [p for g in groups for p in [self.lm.encode(g.task.messages)] * len(g.rollouts)]
-        replies, old, ref = [list(r.token_ids or ()) for r in rollouts], [list(r.logprobs or ()) for r in rollouts], None
-        if a.kl: ref = [lp for lp, _ in score_replies(self.lm.params, prompts, replies, progress=False)]
-        if a.kl and a.kl_in == "reward": rewards = rewards - a.kl * np.array([kl(o, r, "k1").sum() for o, r in zip(old, ref or [])]).reshape(rewards.shape)
-        advantages = group_advantages(rewards, a.scheme).reshape(-1)
-        return policy_units(prompts, replies, old, ref if a.kl_in == "loss" else None, advantages, a.average, self.sampler.max_tokens)
 
-    def imitate(self, groups: Sequence[Group], refs: Sequence[Reference], rewards: np.ndarray) -> list[list[Text]]:
-        "Targets of supervised learning: references, or the rollouts that agree with them."
-        end, pairs = sorted(self.lm.eos_ids)[:1], []
-        for g, ref, row in zip(groups, refs, rewards):
-            prompt = self.lm.encode(g.task.messages)
-            if self.method.learn == "sft" and ref.answer is not None: pairs.append((prompt, [*self.lm.encode_reply(ref.text), *end]))
-            if self.method.learn == "rft": pairs += [(prompt, list(r.token_ids or ())) for r, x in zip(g.rollouts, row) if x == 1 and r.token_ids]
-        total = sum(len(r) for _, r in pairs)
-        return [[next_token([*p, *r], np.repeat([0., 1 / total], [len(p), len(r)]))] for p, r in pairs]
+def _reinforce(run: _Batches, groups: Sequence[Group], rewards: np.ndarray) -> list[list[Text]]:
+    "Rollouts with their advantages."
+    a, rollouts = run.algorithm, [r for g in groups for r in g.rollouts]
+    prompts = [p for g in groups for p in [run.lm.encode(g.task.messages)] * len(g.rollouts)]
+    replies, old, ref = [list(r.token_ids or ()) for r in rollouts], [list(r.logprobs or ()) for r in rollouts], None
+    if a.kl: ref = [lp for lp, _ in score_replies(run.lm.params, prompts, replies, progress=False)]
+    if a.kl and a.kl_in == "reward": rewards = rewards - a.kl * np.array([kl(o, r, "k1").sum() for o, r in zip(old, ref or [])]).reshape(rewards.shape)
+    advantages = group_advantages(rewards, a.scheme).reshape(-1)
+    return policy_units(prompts, replies, old, ref if a.kl_in == "loss" else None, advantages, a.average, run.sampler.max_tokens)
+
+
+def _imitate(run: _Batches, groups: Sequence[Group], refs: Sequence[Reference], rewards: np.ndarray) -> list[list[Text]]:
+    "Targets of supervised learning: references, or the rollouts that agree with them."
+    end, pairs = sorted(run.lm.eos_ids)[:1], []
+    for g, ref, row in zip(groups, refs, rewards):
+        prompt = run.lm.encode(g.task.messages)
+        if run.method.learn == "sft" and ref.answer is not None: pairs.append((prompt, [*run.lm.encode_reply(ref.text), *end]))
+        if run.method.learn == "rft": pairs += [(prompt, list(r.token_ids or ())) for r, x in zip(g.rollouts, row) if x == 1 and r.token_ids]
+    total = sum(len(r) for _, r in pairs)
+    return [[next_token([*p, *r], np.repeat([0., 1 / total], [len(p), len(r)]))] for p, r in pairs]
 
 # %% ../../nbs/51_grpo.ipynb #150e129f
 @dataclass(frozen=True)
@@ -314,7 +318,7 @@ def train_rl(
     if fired is not None: warnings.warn(f"collapse alarm at step {fired}: rollouts agree more while held-out accuracy falls; keep the weights of an earlier step", stacklevel=2)
     return TrainedPolicy(lm.with_params(done.params, content_id(settings, steps, length=8)), done.history, fired)
 
-
+# %% ../../nbs/51_grpo.ipynb #e01e748c
 def _measure(lm: LocalLM, held_out: Sequence[Task], sampler: Sampler, steps: int, every: int, seed: int) -> Callable[[int, Params], dict]:
     def after(step: int, params: Params) -> dict:
         if not held_out or step % every and step < steps: return {}

@@ -36,7 +36,7 @@ class World:
     known: np.ndarray  # (70,) entries that problems for training are made of
     rest: np.ndarray  # (30,) entries that no training problem touches
 
-
+# %% ../../nbs/53_organism.ipynb #0ff41457
 PRIORS = {"noisy": (.40, .35, .25), "confident": (.31, .25, .23, .21)}
 
 def make_world(

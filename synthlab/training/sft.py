@@ -460,7 +460,7 @@ def _per_token(units: Units) -> Units:
     total = sum(t.weights.sum() for u in units for t in u)
     return [[replace(t, weights=t.weights / total) for t in u] for u in units]
 
-
+# %% ../../nbs/50_sft.ipynb #c2223a40
 def _train(
     lm: LocalLM,
     units: Units,
