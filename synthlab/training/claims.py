@@ -45,7 +45,7 @@ class Plan:
     rollouts: int = 16  # largest G that is compared
 
 
-QUICK = Plan(families=("confident",), worlds=1, seeds=1, arms=("cat", "ttrl"), rates=(5e-4,), raising=1000, steps=30, problems=200)
+QUICK = Plan(families=("confident",), worlds=1, seeds=1, arms=("cat", "ttrl"), rates=(5e-4,), steps=30, problems=200)
 
 @dataclass(frozen=True)
 class Job:

@@ -88,6 +88,7 @@ def test_what_teaches_nothing_is_left_out():
 def test_advantages_and_loss_are_those_of_trl():
     import pytest
     torch = pytest.importorskip("torch")
+    from synthlab.training.grpo import _divergence
     rng = np.random.default_rng(0)
     for average, loss_type in (("rollout", "grpo"), ("token", "bnpo"), ("longest", "dr_grpo")):
         lengths = [3, 8, 1, 5]
