@@ -23,10 +23,6 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.3
 	$(PIP) -e ".[dev]" -c constraints.txt
 	touch $@
 
-.venv/.bench: .venv/.dev
-	$(PIP) -e ".[bench]" -c constraints.txt
-	touch $@
-
 # Programs that some checks need: a browser, the sandbox, a prover. What is missing is installed where that is possible; the tests that need the rest are skipped and say so.
 TOOLS := chromium:chromium bwrap:bubblewrap eprover:eprover
 system:
@@ -48,7 +44,7 @@ test-slow: .venv/.dev system
 lab: .venv/.dev
 	$(BIN)/jupyter lab nbs
 
-bench: .venv/.bench
+bench: .venv/.dev
 	$(BIN)/python tests/bench/checks.py
 	$(BIN)/python tests/bench
 

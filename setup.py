@@ -8,8 +8,8 @@ root = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(root / "settings.ini", encoding="utf-8")
 c = ini["DEFAULT"]
-extras = {name: c[f"{name}_requirements"].split() for name in ("api", "checks", "eval", "formal", "lab", "bench", "dev")}
-extras["dev"] += extras["api"] + extras["checks"] + extras["formal"] + extras["lab"]
+extras = {name: c[f"{name}_requirements"].split() for name in ("api", "checks", "eval", "formal", "lab", "trl", "dev")}
+extras["dev"] += extras["api"] + extras["checks"] + extras["formal"] + extras["lab"] + extras["trl"]
 
 setup(name=c["lib_name"], version=c["version"], description=c["description"], author=c["author"], license=c["license"],
       keywords=c["keywords"].split(), packages=find_packages(include=[c["lib_path"], f"{c['lib_path']}.*"]),

@@ -17,6 +17,7 @@ _WHERE = {
     "synthlab.methods.cat": ("estimate", "reward", "synthesize"),
     "synthlab.methods.compare": ("compare",),
     "synthlab.training.evaluate": ("compare_models", "evaluate"),
+    "synthlab.training.bridges": ("CaTReward",),
     "synthlab.training.contamination": ("claim", "contamination", "split_tasks"),
     "synthlab.scale.export": ("to_dataset", "write_dataset"),
 }
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from synthlab.scoring.logprobs import score
     from synthlab.store import Store
     from synthlab.tasks import load_tasks
+    from synthlab.training.bridges import CaTReward
     from synthlab.training.contamination import claim, contamination, split_tasks
     from synthlab.training.evaluate import compare_models, evaluate
 
