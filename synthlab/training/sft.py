@@ -316,12 +316,12 @@ class _Journal:
             changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
             raise BadInput(f"{folder} holds a run with other settings ({', '.join(changed)}); choose another folder, or delete it to start again")
         self.store.put("run", {"settings": settings})
-        self.rows = [r for r in self.store.rows("metrics").values() if r["step"] <= step]
+        self.rows = [{k: math.nan if v is None else v for k, v in r.items()} for r in self.store.rows("metrics").values() if r["step"] <= step]
         self.rows.sort(key=lambda r: r["step"])
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
-        self.fresh[f"{row['step']:08d}"] = row
+        self.fresh[f"{row['step']:08d}"] = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}  # JSON has no NaN
         if time.monotonic() - self.last > .5: self.flush()
 
     def flush(self) -> None:

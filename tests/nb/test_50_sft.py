@@ -187,16 +187,16 @@ def test_a_run_that_stops_anywhere_goes_on_as_if_it_had_not():
     import tempfile
     params, small = random_params(tiny, 1, scale=.1), Optimizer(3e-3, warmup=3)
     for lora in (0, 4):
-        whole = fit(params, likelihood_loss, sorting, 12, optimizer=small, lora=lora, progress="")
+        whole = fit(params, likelihood_loss, lambda step, model: (sorting(step)[0], {"unknown": math.nan}), 12, optimizer=small, lora=lora, progress="")
         for stop in (1, 5, 8):
             with tempfile.TemporaryDirectory() as folder:
                 def until(step, model):
                     if step == stop: raise KeyboardInterrupt if stop == 5 else RuntimeError
-                    return sorting(step)
+                    return sorting(step)[0], {"unknown": math.nan}
                 try: fit(params, likelihood_loss, until, 12, optimizer=small, lora=lora, folder=folder, save_every=3, progress="")
                 except (KeyboardInterrupt, RuntimeError): pass
                 seen = []
-                again = fit(params, likelihood_loss, lambda step, model: (seen.append(step), sorting(step))[1], 12, optimizer=small, lora=lora, folder=folder, save_every=3, progress="")
+                again = fit(params, likelihood_loss, lambda step, model: (seen.append(step), (sorting(step)[0], {"unknown": math.nan}))[1], 12, optimizer=small, lora=lora, folder=folder, save_every=3, progress="")
                 assert seen[0] == {1: 0, 5: 5, 8: 6}[stop] and seen[-1] == 11
                 assert again.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
                 for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(again.params)): np.testing.assert_array_equal(a, b)
