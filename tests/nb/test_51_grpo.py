@@ -85,7 +85,7 @@ def test_what_teaches_nothing_is_left_out():
     assert rollout_weights([2, 0, 4], "rollout", 8) == [1 / 6, 1 / 3, 1 / 12] and rollout_weights([2, 0, 4], "token", 8) == [1 / 6] * 3 and rollout_weights([2, 4], "longest", 8) == [1 / 16] * 2
 
 
-def test_advantages_and_loss_are_those_of_trl():
+def test_averages_and_kl_follow_the_formulas_of_trl():
     import pytest
     torch = pytest.importorskip("torch")
     from synthlab.training.grpo import _divergence
