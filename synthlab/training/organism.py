@@ -9,15 +9,12 @@ __all__ = ['DIGITS', 'PARTS', 'FACTS', 'PRIORS', 'LETTERS', 'WORDS', 'MIX', 'QUE
            'anchor_prompt', 'plurality_of_parts']
 
 # %% ../../nbs/53_organism.ipynb #552d95b9
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
-import jax, jax.numpy as jnp, numpy as np
-from ..core import BadInput, Group, Message, Task, atomic_write, content_id, derive_seed
-from ..lm.jaxlm import Config, Params, random_params, save_jax_model
+import numpy as np
+from ..core import BadInput, Group, Message, Task, content_id, derive_seed
+from ..lm.jaxlm import Config, random_params, save_jax_model
 from ..lm.local import LocalLM
 from .sft import Batch, Optimizer, Text, fit, lay_out, likelihood_loss, next_token
 

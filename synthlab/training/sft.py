@@ -135,11 +135,13 @@ def packed_hidden(
     cos_sin = rope_angles(c, batch.positions)
     def step(x, layer):
         q, k, v = project_qkv(layer, x, cos_sin, c)
-        scores = jnp.einsum("btkgd,bskd->bkgts", q, k, precision="highest") / np.sqrt(c.head_dim)
-        weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), -1)
-        return finish_layer(layer, x, jnp.einsum("bkgts,bskd->btkgd", weights, v, precision="highest"), c), None
+        scores = jnp.where(seen, jnp.einsum("btkgd,bskd->bkgts", q, k, precision="highest") / np.sqrt(c.head_dim), -1e30)
+        e = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+        mixed = jnp.einsum("bkgts,bskd->bkgtd", e, v, precision="highest") / e.sum(-1)[..., None]  # normalised last: (T, d) numbers, not (T, T)
+        return finish_layer(layer, x, mixed.transpose(0, 3, 1, 2, 4), c), None
     if _kept_bytes(c, *batch.inputs.shape) > 2**29: step = jax.checkpoint(step)  # compute twice rather than keep
-    return rms_norm(lax.scan(step, params.embed[batch.inputs].astype(jnp.float32), params.layers)[0], params.norm, c.norm_eps)
+    x, few = params.embed[batch.inputs].astype(jnp.float32), c.num_layers if c.num_layers <= 4 else 1  # outside a loop XLA multiplies faster on a CPU, and compiles longer
+    return rms_norm(lax.scan(step, x, params.layers, unroll=few)[0], params.norm, c.norm_eps)
 
 def _kept_bytes(c: Config, rows: int, length: int) -> int:
     "What the backward pass would keep of all layers."
@@ -268,8 +270,10 @@ def _step(loss: Loss, optimizer: Optimizer, whole: Callable, dtype: str) -> Call
     tx = optimizer.build()
     def total(trained, batch, frozen, held):
         value = jax.value_and_grad(lambda t, part: loss(_rounded(whole(t, frozen), dtype), part, held), has_aux=True)
+        first = jax.tree.map(lambda a: a[0], batch)
+        if len(batch.inputs) == 1: return value(trained, first)  # no loop: faster on a CPU
         add = lambda sums, part: (jax.tree.map(jnp.add, sums, value(trained, part)), None)
-        shapes = jax.eval_shape(value, trained, jax.tree.map(lambda a: a[0], batch))
+        shapes = jax.eval_shape(value, trained, first)
         return lax.scan(add, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), batch)[0]
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(trained, state, batch, rate, frozen, held):

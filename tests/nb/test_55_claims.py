@@ -2,19 +2,20 @@
 import pytest
 
 import math, os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 import numpy as np, pandas as pd
 from scipy.stats import t as student
 from tqdm.auto import tqdm
-from synthlab.core import Group, content_id
+from synthlab.core import Group, Reference, content_id, derive_seed
 from synthlab.lm.local import LocalLM
 from synthlab.lm.rollouts import sample
-from synthlab.methods.cat import synthesize
+from synthlab.methods.cat import reward, synthesize
 from synthlab.methods.compare import compare
 from synthlab.store import Store
 from synthlab.training.grpo import Sampler, accuracy, train_rl
