@@ -39,6 +39,7 @@ class Algorithm:
     kl: float = 0.0  # strength of the pull towards the starting policy
     kl_in: str = "loss"  # "loss": as `kl_kind` of each token | "reward": k1 summed over the rollout, taken from its reward
     kl_kind: str = "k3"  # "k1" | "k2" | "k3"
+    kl_ratio: bool = False  # times the ratio: the gradient of k3 is then that of the reverse KL, also off policy (DeepSeek-V3.2, arXiv 2512.02556)
     updates: int = 1  # gradient steps a batch of rollouts
     replace_flat: int = 0  # DAPO's dynamic sampling: draw up to so many further batches of tasks to replace groups without spread
 
@@ -74,7 +75,7 @@ def policy_loss(algorithm: Algorithm, most: int = 64) -> Loss:
         value = -(jnp.minimum(ratio * gain, clipped * gain) * w).sum()
         sums = {"entropy": (entropy * w).sum(), "clipped": ((ratio * gain > clipped * gain) * w).sum()}
         if "ref" in batch.extra:
-            pull = (_divergence(lp, batch.extra["ref"], a.kl_kind) * w).sum()
+            pull = (_divergence(lp, batch.extra["ref"], a.kl_kind) * (ratio if a.kl_ratio else 1.) * w).sum()
             value, sums = value + (a.kl if a.kl_in == "loss" else 0.) * pull, sums | {"kl": pull}
         return value, sums
     return loss
