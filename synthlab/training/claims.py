@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'QUICK', 'RUN', 'MARGIN', 'Plan', 'Job', 'organism', 'compare_job', 'train_job', 'unsure_judge', 'run_jobs',
-           'run_claims', 'best_rate', 'interval', 'compare_claims', 'train_claims', 'token_matched', 'claims_table']
+           'run_claims', 'best_rate', 'interval', 'compare_claims', 'train_claims', 'token_matched', 'claims_table',
+           'sensitivity_table']
 
 # %% ../../nbs/55_claims.ipynb #615d4c76
 import math, os
@@ -39,7 +40,7 @@ class Plan:
     seeds: int = 5  # runs of an arm from an organism
     arms: Sequence[str] = ARMS
     rates: Sequence[float] = (3e-4, 6e-4)
-    raising: int = 1600  # steps
+    raising: int = 1200  # steps
     anchors: Mapping[str, float] = field(default_factory=lambda: {"weaker": .5, "stronger": 1.5})  # other anchors, raised for so many times the steps
     judges: Sequence[float] = (.1, .3)  # other judges, wrong about so many rollouts
     steps: int = 45  # of an arm
@@ -241,3 +242,15 @@ def claims_table(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     "All claims, a line each, with intervals."
     lines = [line for f in dict.fromkeys(found["compare"].family) for line in compare_claims(found["compare"], f)]
     return pd.DataFrame(lines + train_claims(found["train"]))
+
+# %% ../../nbs/55_claims.ipynb #06f9435b
+def sensitivity_table(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:  # a row for each anchor and judge
+    "What CaT-RL makes of other anchors and judges: the teacher's accuracy at the start, the policy's at the end, and the difference to the same run with its own anchor and a judge without errors."
+    own, last = found["train"][(found["train"].arm == "cat") & (found["train"].seed == 0)], lambda f: f[f.step == f.step.max()]
+    base: Any = last(own).set_index("world").held_out
+    def row(label: str, runs: Any) -> dict:
+        end = last(runs).set_index("world")
+        difference, low, high = interval((end.held_out - base).tolist())
+        return {"anchor and judge": label, "teacher at the start": end.teacher.mean(), "policy at the end": end.held_out.mean(), "difference": difference, "low": low, "high": high, "n": f"{len(end)} organisms"}
+    varied = found["sensitivity"].fillna({"anchor": ""})
+    return pd.DataFrame([row("its own anchor, no wrong verdicts", own), *(row(f"{anchor} anchor" if anchor else f"{wrong:.0%} of verdicts wrong", runs) for (anchor, wrong), runs in varied.groupby(["anchor", "wrong"], sort=False))])

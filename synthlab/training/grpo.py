@@ -11,6 +11,7 @@ __all__ = ['AVERAGES', 'ALGORITHMS', 'METHODS', 'SLOW', 'Algorithm', 'policy_los
 import math, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 import jax, jax.numpy as jnp, numpy as np, pandas as pd
@@ -60,6 +61,7 @@ def _divergence(lp: jax.Array, ref: jax.Array, kind: str) -> jax.Array:
     return -d if kind == "k1" else d**2 / 2 if kind == "k2" else jnp.expm1(d) - d
 
 
+@lru_cache  # the same function for the same algorithm, so that its compiled step is found again
 def policy_loss(algorithm: Algorithm, most: int = 64) -> Loss:
     "The loss of a batch with extras old, ref and advantage, per token. `most` is the largest number of texts in a row."
     a = algorithm
