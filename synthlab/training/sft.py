@@ -6,8 +6,8 @@
 __all__ = ['Array', 'Loss', 'LORA_NAMES', 'STOP', 'STATE', 'Units', 'Text', 'next_token', 'masked', 'best_fit', 'Batch',
            'lay_out', 'may_look', 'packed_hidden', 'packed_logprobs', 'likelihood_loss', 'text_sums', 'preference_loss',
            'distillation_loss', 'lora_start', 'adapt', 'merge', 'Optimizer', 'whole_tree', 'adapt_to', 'make_step',
-           'TrainingError', 'save_checkpoint', 'read_checkpoint', 'request_stop', 'Fit', 'fit', 'reply_weights',
-           'conversation', 'epoch_order', 'Trained', 'sft', 'dpo', 'distill']
+           'TrainingError', 'save_checkpoint', 'read_checkpoint', 'request_stop', 'read_metrics', 'Fit', 'fit',
+           'reply_weights', 'conversation', 'epoch_order', 'Trained', 'sft', 'dpo', 'distill']
 
 # %% ../../nbs/50_sft.ipynb #b8effdbf
 import bisect, math, time
@@ -319,6 +319,12 @@ def request_stop(
     if not (Path(folder) / "journal.sqlite").exists(): raise BadInput(f"there is no run in {folder} to stop")
     atomic_write(Path(folder) / STOP, "")
 
+
+def read_metrics(store: Store) -> list[dict[str, Any]]:
+    "Read what every step of a run reported, in their order; NaN where a number was not known."
+    rows = [{k: math.nan if v is None else v for k, v in r.items()} for r in store.rows("metrics").values()]
+    return sorted(rows, key=lambda r: r["step"])
+
 # %% ../../nbs/50_sft.ipynb #18a888cd
 class _Journal:
     "Rows of numbers, one a step, in memory and in the run's journal; and how the run stands, in a file beside it."
@@ -331,8 +337,7 @@ class _Journal:
             changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
             raise BadInput(f"{folder} holds a run with other settings ({', '.join(changed)}); choose another folder, or delete it to start again")
         self.store.put("run", {"settings": settings})
-        self.rows = [{k: math.nan if v is None else v for k, v in r.items()} for r in self.store.rows("metrics").values() if r["step"] <= step]
-        self.rows.sort(key=lambda r: r["step"])
+        self.rows = [r for r in read_metrics(self.store) if r["step"] <= step]
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
@@ -348,6 +353,7 @@ class _Journal:
     def report(self, state: str, step: int, detail: str = "") -> None:
         "Say for those who watch how the run stands; a request to stop has been seen by then."
         if self.store is None: return
+        self.flush()
         atomic_write(self.store.folder / STATE, canonical_json({"state": state, "step": step, "detail": detail}).encode("utf-8", "replace"))
         (self.store.folder / STOP).unlink(missing_ok=True)
 
@@ -393,7 +399,7 @@ def fit(
                 if run.done % save_every == 0: run.save()
         except KeyboardInterrupt: run.save(); run.journal.report("interrupted", run.done); raise
         except Exception as e:
-            with suppress(BadInput): run.journal.report("failed", run.done, f"{type(e).__name__}: {e}")  # a full disk must not hide what went wrong
+            with suppress(SynthlabError): run.journal.report("failed", run.done, f"{type(e).__name__}: {e}")  # a full disk must not hide what went wrong
             raise
     run.save()
     if run.done == steps: run.journal.report("finished", steps)
