@@ -412,9 +412,13 @@ function render({ model, el }) {
   const root = el.appendChild(document.createElement("div"));
   root.className = "sl sl-live";
   const send = (act, value) => model.send({ act, value: String(value ?? "") });
+  let held = false, late = false;  // a button that is replaced between press and release never hears of the click
   const draw = () => {
+    if (held) { late = true; return; }
+    const open = [...root.querySelectorAll("details[open][data-key]")].map(d => d.dataset.key);
     const old = root.contains(document.activeElement) ? document.activeElement : null;
     root.innerHTML = model.get("page");
+    for (const d of root.querySelectorAll("details[data-key]")) d.open = open.includes(d.dataset.key);
     const list = root.querySelector("select[data-act]");
     if (list) { list.innerHTML = model.get("options"); list.value = list.dataset.at; }
     const now = old?.dataset.key && root.querySelector(`[data-key="${old.dataset.key}"]`);
@@ -437,7 +441,11 @@ function render({ model, el }) {
     const act = e.target.matches("input, select, pre") ? null : { ArrowRight: "next", ArrowLeft: "previous" }[e.key];
     if (act) { e.preventDefault(); send(act); }
   });
+  root.addEventListener("pointerdown", e => { held = e.target.closest("button[data-act], summary") !== null; });
+  const release = () => { held = false; if (late) { late = false; setTimeout(draw); } };
+  for (const name of ["pointerup", "pointercancel"]) window.addEventListener(name, release);
   model.on("change:page", draw); draw();
+  return () => { for (const name of ["pointerup", "pointercancel"]) window.removeEventListener(name, release); };
 }
 export default { render };
 """
@@ -461,6 +469,11 @@ def _has_front_end() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 # %% ../../nbs/81_widgets.ipynb #da9e9a61
+def _free(widget: Any) -> None:
+    "Have actions handled where the front end sends them. ipykernel 7.4 turns them back to the thread that drew last, which may be the one that runs a long cell; without that note it does not."
+    vars(widget.comm).pop("_reply_subshell_id", None)
+
+# %% ../../nbs/81_widgets.ipynb #54bab0a6
 class Live(ABC):
     "A page of HTML that redraws after each action. Subclasses give `pages`, `step` and `still`; actions take effect one at a time, on whatever thread they come."
 
@@ -484,6 +497,7 @@ class Live(ABC):
         if self._widget is None: return
         with self._widget.hold_sync():
             for name, html in pages.items(): setattr(self._widget, name, html)
+        _free(self._widget)
 
     def _receive(self, widget, content, buffers) -> None:
         with self._lock:
@@ -498,6 +512,7 @@ class Live(ABC):
             if self._widget is None:
                 self._widget = _live_class()(**self.pages())
                 self._widget.on_msg(self._receive)
+                _free(self._widget)
             return self._widget
 
     def _repr_mimebundle_(self, include=None, exclude=None): return self.display_data(_has_front_end())
@@ -547,7 +562,7 @@ class RolloutExplorer(Live):
         )
 
 # %% ../../nbs/81_widgets.ipynb #f4b6ace3
-ELSEWHERE = {"RubricBoard": "synthlab.lab.board"}  # widget -> module
+ELSEWHERE = {"RubricBoard": "synthlab.lab.board", "RunMonitor": "synthlab.lab.monitor"}  # widget -> module
 
 def __getattr__(name: str):
     if name not in ELSEWHERE: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

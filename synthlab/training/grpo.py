@@ -302,7 +302,7 @@ def train_rl(
     measure_every: int = 25,
     alarm: CollapseAlarm | None = CollapseAlarm(),
     seed: int = 0,
-    folder: str | Path | None = None,  # checkpoint, journal and in the end the model; a run that is there already goes on
+    folder: str | Path | None = None,  # checkpoint, journal and in the end the model; a run that is there already goes on, and `request_stop` ends it
     optimizer: Optimizer = SLOW,
     part: int = 4096,  # tokens in memory at a time; changes memory, not the result
     setting: Mapping[str, Any] | None = None,  # further arguments of `estimate`
@@ -319,7 +319,7 @@ def train_rl(
     if folder is not None: save_jax_model(done.params, Path(folder) / "model", like=lm.folder)
     fired = alarm.fires(done.history.to_dict("records")) if alarm else None
     if fired is not None: warnings.warn(f"collapse alarm at step {fired}: rollouts agree more while held-out accuracy falls; keep the weights of an earlier step", stacklevel=2)
-    return TrainedPolicy(lm.with_params(done.params, content_id(settings, steps, length=8)), done.history, fired)
+    return TrainedPolicy(lm.with_params(done.params, content_id(settings, *done.reached(steps), length=8)), done.history, fired)
 
 # %% ../../nbs/51_grpo.ipynb #e01e748c
 def _measure(lm: LocalLM, held_out: Sequence[Task], sampler: Sampler, steps: int, every: int, seed: int) -> Callable[[int, Params], dict]:

@@ -3,6 +3,7 @@ import pytest
 
 import bisect, math, time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import jax, jax.numpy as jnp, numpy as np, optax, pandas as pd
 from jax import lax
 from tqdm.auto import tqdm
-from synthlab.core import Accounting, BadInput, Example, Message, SynthlabError, atomic_write, content_id, derive_seed
+from synthlab.core import Accounting, BadInput, Example, Message, SynthlabError, atomic_write, canonical_json, content_id, derive_seed
 from synthlab.lm.jaxlm import Adapted, Config, Params, array_shapes, dot, finish_layer, project_qkv, rms_norm, rope_angles, row_blocks, save_jax_model, token_logprobs
 from synthlab.lm.local import LocalLM
 from synthlab.scoring.logprobs import score_replies
@@ -200,6 +201,49 @@ def test_a_run_that_stops_anywhere_goes_on_as_if_it_had_not():
                 assert seen[0] == {1: 0, 5: 5, 8: 6}[stop] and seen[-1] == 11
                 assert again.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
                 for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(again.params)): np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_that_is_asked_to_stop_keeps_its_checkpoint_and_goes_on_when_it_is_called_again():
+    import json, tempfile, threading
+    import pytest
+    from pathlib import Path
+    params, small = random_params(tiny, 1, scale=.1), Optimizer(3e-3, warmup=3)
+    whole = fit(params, likelihood_loss, sorting, 12, optimizer=small, progress="")
+    with tempfile.TemporaryDirectory() as folder:
+        state = lambda: json.loads((Path(folder) / STATE).read_text())
+        again = lambda batches=sorting: fit(params, likelihood_loss, batches, 12, optimizer=small, folder=folder, progress="")
+        with pytest.raises(BadInput, match="no run in .* to stop"): request_stop(folder)
+        def asking(step, model):
+            if step == 4: t = threading.Thread(target=request_stop, args=(folder,)); t.start(); t.join()
+            return sorting(step)
+        part = again(asking)
+        assert part.steps == 5 == part.history.step.iloc[-1] and part.reached(12) == [12, 5] and state() == {"state": "stopped", "step": 5, "detail": "on request"}
+        assert not (Path(folder) / STOP).exists(), "the request was obeyed"
+        request_stop(folder)  # nobody is there to obey
+        done = again()
+        assert done.steps == 12 and done.reached(12) == [12] and state()["state"] == "finished" and not (Path(folder) / STOP).exists()
+        assert done.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
+        for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(done.params)): np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_says_how_it_stands():
+    import json, tempfile
+    import pytest
+    from pathlib import Path
+    params = random_params(tiny, 1, scale=.1)
+    with tempfile.TemporaryDirectory() as folder:
+        seen, state = [], lambda: json.loads((Path(folder) / STATE).read_text())
+        def batches(step, model):
+            seen.append(state()["state"])
+            if step == 2 and len(seen) < 5: raise [KeyboardInterrupt, OSError("half a character: \ud800")][len(seen) - 3]
+            return sorting(step)
+        again = lambda **more: fit(params, likelihood_loss, batches, 4, folder=folder, progress="", save_every=1, **more)
+        with pytest.raises(KeyboardInterrupt): again()
+        assert state() == {"state": "interrupted", "step": 2, "detail": ""}
+        with pytest.raises(OSError): again()
+        assert state() == {"state": "failed", "step": 2, "detail": "OSError: half a character: ?"}
+        again(stop=lambda rows: len(rows) == 3)
+        assert state() == {"state": "stopped", "step": 3, "detail": "by its own rule"} and set(seen) == {"running"}
 
 
 def test_what_cannot_go_on_says_so_and_spoils_nothing():
