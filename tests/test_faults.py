@@ -138,3 +138,27 @@ def test_open_files_do_not_pile_up(tmp_path):
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     for _ in range(50): Store(tmp_path).close()
     assert not before or len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_a_checkpoint_that_does_not_fit_is_explained_and_training_goes_on_later(small_disk, tmp_path):
+    import jax
+    import numpy as np
+
+    from synthlab.lm.jaxlm import Config, random_params
+    from synthlab.training.sft import fit, lay_out, likelihood_loss, next_token
+    params, ballast = random_params(Config("llama", 40, 32, 1, 2, 2, 16, 32, 1e-5, 64, True), 0), small_disk / "ballast"
+    def batches(step, model):
+        return lay_out([[next_token(np.random.default_rng(step).integers(0, 40, 30), np.full(30, 1 / 30))]], 32), {}
+    def train(folder, **more):
+        return fit(params, likelihood_loss, batches, 20, folder=folder, save_every=5, progress="", **more)
+    def fill(step, model):
+        if step == 12:
+            with pytest.raises(OSError), open(ballast, "wb", buffering=0) as f:
+                while True: f.write(b"x" * 4096)
+        return {}
+    with pytest.raises((BadInput, StoreError), match="space|full"): train(small_disk / "run", after=fill)
+    assert not list((small_disk / "run").glob("*.tmp")) and not list((small_disk / "run").glob(".*.tmp"))
+    ballast.unlink()
+    whole, later = train(tmp_path / "whole"), train(small_disk / "run")
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(later.params)))
+    assert later.history.loss.tolist() == whole.history.loss.tolist()

@@ -251,7 +251,7 @@ def _imitate(run: _Batches, groups: Sequence[Group], refs: Sequence[Reference], 
 class CollapseAlarm:
     "Tells when a loop deceives itself: rollouts agree more and more while held-out accuracy falls (methods such as majority voting do this first slowly, then all at once)."
     agreement: float = 0.05  # rise of the majority's share since the best measurement
-    loss: float = 0.02  # fall of held-out accuracy since then
+    loss: float = 0.02  # fall of held-out accuracy since then; it must also be more than a standard error
     patience: int = 1  # measurements in a row
     stops: bool = False  # end the run; otherwise only warn
 
@@ -259,13 +259,14 @@ class CollapseAlarm:
         history: Sequence[Mapping[str, float]],  # rows of a run
     ) -> int | None:  # the step at which it fires; None: it does not
         "Look through a run's rows for the first step at which both signs hold."
-        best, at_best, share, run = -math.inf, 0., 0., 0
+        best, at_best, share, run = 0., 0., 0., 0
         for row in history:
             share = row["majority_share"] if not math.isnan(row.get("majority_share", math.nan)) else share
             held = row.get("held_out", math.nan)
             if math.isnan(held): continue
             if held > best: best, at_best = held, share
-            run = run + 1 if best - held > self.loss and share - at_best > self.agreement else 0
+            error = math.sqrt((best * (1 - best) + held * (1 - held)) / row.get("held_out_n", math.inf))
+            run = run + 1 if best - held > max(self.loss, error) and share - at_best > self.agreement else 0
             if run >= self.patience: return int(row["step"])
         return None
 
@@ -326,7 +327,7 @@ def _measure(lm: LocalLM, held_out: Sequence[Task], sampler: Sampler, steps: int
     def after(step: int, params: Params) -> dict:
         if not held_out or step % every and step < steps: return {}
         at = lambda t: accuracy(lm.with_params(params, f"{seed}-{step}"), held_out, t, sampler.max_tokens)
-        return {"held_out": at(1.), "held_out_greedy": at(0.)}
+        return {"held_out": at(1.), "held_out_greedy": at(0.), "held_out_n": len(held_out)}
     return after
 
 def _check_tasks(tasks: Sequence[Task], held_out: Sequence[Task], sampler: Sampler) -> None:

@@ -4,6 +4,7 @@ import pytest
 import math, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 import jax, jax.numpy as jnp, numpy as np, pandas as pd
@@ -154,5 +155,7 @@ def test_an_alarm_needs_both_signs():
     assert CollapseAlarm().fires([row(0, .4, .3), row(10, .5, .6), row(20, .5, .5)]) is None, "it got worse, but not by agreeing"
     assert CollapseAlarm().fires([row(0, .4, .3), row(10, .9, .6), row(20, 1, .65)]) is None, "it agrees, and is right"
     assert CollapseAlarm(patience=2).fires([row(0, .4, .5), row(10, .9, .4), row(20, 1., .5), row(30, 1., .4)]) is None
+    noisy = [row(0, .4, .3) | {"held_out_n": 50}, row(10, .9, .25) | {"held_out_n": 50}]
+    assert CollapseAlarm().fires(noisy) is None and CollapseAlarm().fires([r | {"held_out_n": 5000} for r in noisy]) == 10, "fifty problems cannot tell"
     rows = [{"step": 0, "held_out": .5}, {"step": 1, "majority_share": .4}, row(2, .9, math.nan), row(3, .95, .3)]
     assert CollapseAlarm().fires(rows) == 3
