@@ -41,12 +41,20 @@ def share(groups, refs):
     "Share of words that are A3."
     return [[r.text.split().count("A3") / 8 for r in g.rollouts] for g in groups]
 
-def small_run(lm, folder, steps=30, rate=2e-2, reward_pause=0., **more):
-    "A reinforcement learning run of a few seconds; with a pause, of a few more."
-    options = dict(reward=lambda groups, refs: (time.sleep(reward_pause), share(groups, refs))[1], sampler=Sampler(4, 4, max_tokens=8, anchor_tokens=8), steps=steps, optimizer=Optimizer(rate, "constant"), setting={"prompt": anchor_prompt}, progress="", **more)
+class Gate:
+    "The same reward, which waits in one of its calls until it may go on."
+    def __init__(self, at): self.at, self.calls, self.here, self.open = at, 0, threading.Event(), threading.Event()
+    def __call__(self, groups, refs):
+        self.calls += 1
+        if self.calls == self.at: self.here.set(); self.open.wait(200)
+        return share(groups, refs)
+
+def small_run(lm, folder, steps=30, rate=2e-2, reward=share, **more):
+    "A reinforcement learning run of a few seconds."
+    options = dict(reward=reward, sampler=Sampler(4, 4, max_tokens=8, anchor_tokens=8), steps=steps, optimizer=Optimizer(rate, "constant"), setting={"prompt": anchor_prompt}, progress="", **more)
     return train_rl(lm, problems(make_world(), 8), folder=folder, held_out=problems(make_world(), 4, "held_out"), measure_every=5, **options)
 
-def until(true, seconds=60):
+def until(true, seconds=200):
     "Wait until something is true."
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end: time.sleep(.01)
@@ -178,16 +186,18 @@ def test_a_run_is_stopped_by_the_widget_and_goes_on_bit_for_bit():
     with tempfile.TemporaryDirectory() as folder:
         at, lm = (lambda name: f"{folder}/{name}"), beginner(f"{folder}/model")
         whole = small_run(lm, at("whole"), 12)
-        live, out = RunMonitor(at("run"), every=.02), []
+        live, out, gate = RunMonitor(at("run"), every=.02), [], Gate(4)
         page = lambda: live.widget.page
         assert "not begun" in page() and live.watching
-        run = threading.Thread(target=lambda: out.append(small_run(lm, at("run"), 12, reward_pause=.05)))
+        run = threading.Thread(target=lambda: out.append(small_run(lm, at("run"), 12, reward=gate)))
         run.start()
-        until(lambda: "step 3 of 12" in page() or "step 4 of 12" in page())
+        until(lambda: "running" in page() and gate.here.is_set())
         live.widget._handle_msg({"content": {"data": {"method": "custom", "content": {"act": "stop-0", "value": ""}}}, "buffers": []})
-        run.join(60)
+        assert "ends after the step that it is taking" in page()
+        gate.open.set()
+        run.join(200)
         until(lambda: "On request: call it again" in page() and not live.watching)
-        assert 3 <= len(out[0].history) - 1 < 12 and out[0].lm.revision != whole.lm.revision and (Path(at("run")) / "checkpoint.safetensors").exists() and not (Path(at("run")) / "stop").exists()
+        assert out[0].history.step.tolist() == [0, 1, 2, 3, 4] and out[0].lm.revision != whole.lm.revision and (Path(at("run")) / "checkpoint.safetensors").exists() and not (Path(at("run")) / "stop").exists()
         done = small_run(lm, at("run"), 12)
         live.act("look")
         assert "✓ finished" in page() and "step 12 of 12" in page() and not live.watching
@@ -240,7 +250,7 @@ def test_a_run_in_another_process_can_be_stopped():
         live = RunMonitor(folder)
         until(lambda: (live.look(), live.logs[0].done > 2)[1])
         live.act("stop-0")
-        steps = int(other.communicate(timeout=60)[0])
+        steps = int(other.communicate(timeout=200)[0])
         live.look()
         assert live.logs[0].state == "stopped" and live.logs[0].done == steps < 10_000
 
