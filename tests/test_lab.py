@@ -120,6 +120,60 @@ def test_a_rubric_is_edited_and_scored_again(lab, chromium, watch, tmp_path):
     finally: page.close()
 
 
+TRAINED = """
+import time
+from synthlab.training.sft import fit, lay_out, likelihood_loss, next_token
+def batches(step, model):
+    time.sleep(.05)
+    return lay_out([[next_token(np.arange(9), np.full(9, .1))]], 64), {"reward": step / 100, "<b>": 1.}
+done = fit(random_params(Config("llama", 40, 32, 1, 4, 2, 8, 48, 1e-5, 512, True), 0), likelihood_loss, batches, 10_000, folder="watched", progress="")
+print("ended after", done.steps)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_run_is_watched_and_stopped_while_its_cell_is_running(lab, chromium, watch, tmp_path):
+    from playwright.sync_api import expect
+    page = watch.follow(chromium.new_page(), lab.base)
+    try:
+        nb = invented_notebook(lab, "85_monitor", "synthlab.lab.widgets", "from synthlab.lab.widgets import RunMonitor\nRunMonitor('watched', every=.3)")
+        nb.cells.append(nbformat.v4.new_code_cell(TRAINED))
+        open_notebook(page, lab, nb, "monitor.ipynb")
+        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        live = page.locator(".sl-live")
+        expect(live.locator(".sl-state")).to_have_text("running", timeout=120_000)
+        reward = live.locator("figure", has_text="Reward").locator("path").last
+        expect(reward).to_be_visible(timeout=60_000)
+        numbers = live.locator("details[data-key=numbers]")
+        numbers.locator("summary").click()
+        before = reward.get_attribute("d")
+        expect(reward).not_to_have_attribute("d", before, timeout=20_000)
+        expect(numbers.locator("td", has_text="grad_norm")).to_be_visible()  # what a reader has opened stays open
+        expect(numbers.locator("summary")).to_be_focused()
+        assert page.evaluate(STATE)["kernel"] == "busy", "the run is going on in a cell"
+        page.screenshot(path=tmp_path / "running.png")
+
+        live.get_by_role("button", name="Stop").click()
+        expect(live.locator(".sl-state")).to_have_text("stopped", timeout=30_000)
+        expect(live).to_contain_text("Stopped on request: call it again with the same folder")
+        expect(live.get_by_role("button", name="Stop")).to_have_attribute("aria-disabled", "true")
+        expect(live.get_by_role("button", name="Look again")).to_be_visible()
+        expect(page.locator(".jp-OutputArea-output", has_text="ended after")).to_be_visible(timeout=20_000)
+        state = page.evaluate(STATE)
+        assert not any(c["error"] for c in state["cells"])
+        assert not (lab.root / "watched" / "stop").exists() and (lab.root / "watched" / "checkpoint.safetensors").exists()
+
+        page.evaluate("() => { window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' }) }")
+        page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
+        page.wait_for_timeout(500)
+        page.screenshot(path=tmp_path / "stopped_dark.png")
+        page.evaluate("() => { window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Light' }) }")
+        page.wait_for_selector("body[data-jp-theme-light=true]", state="attached")
+        end_kernel(page)
+        watch.clean()
+    finally: page.close()
+
+
 @pytest.mark.timeout(180)
 def test_the_explorer_is_clicked_through(lab, chromium, watch, tmp_path):
     from playwright.sync_api import expect

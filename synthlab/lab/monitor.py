@@ -23,7 +23,7 @@ from .report import table_html
 from .widgets import Live, static_html
 from ..store import Store
 from ..training.grpo import CollapseAlarm
-from ..training.sft import STATE, STOP, read_metrics, request_stop
+from ..training.sft import OWN_RULE, STATE, STOP, read_metrics, request_stop
 
 # %% ../../nbs/85_monitor.ipynb #6ec9c677
 ENDED = ("finished", "stopped", "interrupted", "failed")
@@ -261,7 +261,9 @@ def notes(log: RunLog, alarm: CollapseAlarm | None) -> list[tuple[str, bool]]:  
     "What a person should know of a run beside its numbers."
     fired, out = alarm.fires(log.rows) if alarm else None, []
     if log.asked and not log.ended: out.append(("asked to stop: it ends after the step that it is taking", False))
-    if log.state in ("stopped", "interrupted"): out.append((f"{log.detail + ': c' if log.detail else 'C'}all it again with the same folder and it goes on from step {log.done}".replace("on request", "On request").replace("by its", "By its"), False))
+    if log.state in ("stopped", "interrupted"):
+        again = "" if log.detail == OWN_RULE else f": call it again with the same folder and it goes on from step {log.done}"
+        out.append((f"{log.state} {log.detail}".strip().capitalize() + again, False))
     if log.state in ("failed", "unreadable"): out.append((log.detail, True))
     if silent(log): out.append((f"nothing new for {duration(log.quiet)}. If it was killed, call it again with the same folder and it goes on from its last checkpoint", True))
     if fired is not None: out.append((f"collapse alarm at step {fired}: rollouts agree more while held-out accuracy falls. Keep the weights of an earlier step", True))

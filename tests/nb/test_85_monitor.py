@@ -15,7 +15,7 @@ from synthlab.lab.report import table_html
 from synthlab.lab.widgets import Live, static_html
 from synthlab.store import Store
 from synthlab.training.grpo import CollapseAlarm
-from synthlab.training.sft import STATE, STOP, read_metrics, request_stop
+from synthlab.training.sft import OWN_RULE, STATE, STOP, read_metrics, request_stop
 
 from synthlab.lab.monitor import *
 
@@ -149,7 +149,7 @@ def test_a_page_says_how_a_run_does():
     assert "step 10 of 40 · 2.0 s a step · about 60 s left" in page and 'max="40" value="10"' in page and "running" in page and "<button" not in page
     assert monitor_html([log], live=True).count("<button") == 1 and '"true">Stop' not in monitor_html([log], live=True)
     says = lambda **new: monitor_html([replace(log, **new)], live=True)
-    for new, text in (({"state": "finished"}, "✓ finished"), ({"state": "failed", "detail": "TrainingError: step 5"}, "TrainingError: step 5"), ({"asked": True}, "ends after the step"), ({"state": "stopped", "detail": "on request"}, "On request: call it again"),
+    for new, text in (({"state": "finished"}, "✓ finished"), ({"state": "failed", "detail": "TrainingError: step 5"}, "TrainingError: step 5"), ({"asked": True}, "ends after the step"), ({"state": "stopped", "detail": "on request"}, "Stopped on request: call it again"), ({"state": "stopped", "detail": "by its own rule"}, ">Stopped by its own rule<"),
                       ({"quiet": 90.}, "nothing new for 2 min"), ({"state": "waiting", "rows": [], "settings": {}}, "not begun"), ({"state": "unreadable", "rows": [], "settings": {}}, "cannot be read"), ({"state": "strange"}, "strange")):
         assert text in says(**new), text
     assert "left" not in "".join(facts(replace(log, state="stopped"))) and "Look again" in says(state="finished") and "Look again" not in says()
@@ -196,7 +196,7 @@ def test_a_run_is_stopped_by_the_widget_and_goes_on_bit_for_bit():
         assert "ends after the step that it is taking" in page()
         gate.open.set()
         run.join(200)
-        until(lambda: "On request: call it again" in page() and not live.watching)
+        until(lambda: "Stopped on request: call it again" in page() and not live.watching)
         assert out[0].history.step.tolist() == [0, 1, 2, 3, 4] and out[0].lm.revision != whole.lm.revision and (Path(at("run")) / "checkpoint.safetensors").exists() and not (Path(at("run")) / "stop").exists()
         done = small_run(lm, at("run"), 12)
         live.act("look")
