@@ -249,9 +249,10 @@ def _imitate(run: _Batches, groups: Sequence[Group], refs: Sequence[Reference], 
 # %% ../../nbs/51_grpo.ipynb #150e129f
 @dataclass(frozen=True)
 class CollapseAlarm:
-    "Tells when a loop deceives itself: rollouts agree more and more while held-out accuracy falls (methods such as majority voting do this first slowly, then all at once)."
+    "Tells when a loop deceives itself: held-out accuracy falls while rollouts agree more and more, as with majority voting; or falls so far that it needs no second sign, as when a policy imitates itself without a check."
     agreement: float = 0.05  # rise of the majority's share since the best measurement
     loss: float = 0.02  # fall of held-out accuracy since then; it must also be more than a standard error
+    drift: float = 0.04  # fall that counts whatever the agreement does
     patience: int = 1  # measurements in a row
     stops: bool = False  # end the run; otherwise only warn
 
@@ -259,14 +260,16 @@ class CollapseAlarm:
         history: Sequence[Mapping[str, float]],  # rows of a run
     ) -> int | None:  # the step at which it fires; None: it does not
         "Look through a run's rows for the first step at which both signs hold."
-        best, at_best, share, run = 0., 0., 0., 0
+        best, at_best, share, run = 0., math.nan, math.nan, 0
         for row in history:
             share = row["majority_share"] if not math.isnan(row.get("majority_share", math.nan)) else share
+            if math.isnan(at_best): at_best = share  # before the first step there are no rollouts yet
             held = row.get("held_out", math.nan)
             if math.isnan(held): continue
             if held > best: best, at_best = held, share
             error = math.sqrt((best * (1 - best) + held * (1 - held)) / row.get("held_out_n", math.inf))
-            run = run + 1 if best - held > max(self.loss, error) and share - at_best > self.agreement else 0
+            lost = best - held if best - held > error else 0.
+            run = run + 1 if lost > self.drift or lost > self.loss and share - at_best > self.agreement else 0
             if run >= self.patience: return int(row["step"])
         return None
 
