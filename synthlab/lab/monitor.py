@@ -196,6 +196,7 @@ def panels(logs: Sequence[RunLog]) -> dict[str, list[Panel]]:
         for title, keys in pictures.items():
             keys = [(i, k) for i, k in enumerate(keys) if k in there]
             if not keys: continue
+            made: list[Panel]
             if len(logs) == 1: made = [(title, [(label_of(k), i, series(logs[0].rows, k)) for i, k in keys])]
             else: made = [(title if len(pictures[title]) == 1 else f"{title}: {label_of(k)}", [(log.name, i, series(log.rows, k)) for i, log in enumerate(logs)]) for _, k in keys]
             out.setdefault(group, []).extend(made)

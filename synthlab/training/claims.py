@@ -174,8 +174,8 @@ def _run_plan(plan: Plan, run: Callable[[list[Job], str], pd.DataFrame]) -> dict
     tuned = run([Job("tune", first, 0, a, 100, r) for a in plan.arms for r in plan.rates if len(plan.rates) > 1], "tuning")
     rate = {a: best_rate(tuned, a) if len(tuned) else plan.rates[0] for a in plan.arms}
     trained = run([Job("train", first, w, a, s, rate[a]) for w in range(plan.worlds) for s in range(plan.seeds) for a in plan.arms], "training")
-    others = [{"anchor": a} for a in plan.anchors] + [{"wrong": p} for p in plan.judges]
-    varied = run([Job("train", first, w, "cat", 0, rate["cat"], **other) for w in range(plan.worlds) for other in others], "other anchors and judges")
+    others = [(a, 0.) for a in plan.anchors] + [("", p) for p in plan.judges]
+    varied = run([Job("train", first, w, "cat", 0, rate["cat"], a, p) for w in range(plan.worlds) for a, p in others], "other anchors and judges")
     return {"compare": compared, "tune": tuned, "train": trained, "sensitivity": varied}
 
 
@@ -252,5 +252,5 @@ def sensitivity_table(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:  # a r
         end = last(runs).set_index("world")
         difference, low, high = interval((end.held_out - base).tolist())
         return {"anchor and judge": label, "teacher at the start": end.teacher.mean(), "policy at the end": end.held_out.mean(), "difference": difference, "low": low, "high": high, "n": f"{len(end)} organisms"}
-    varied = found["sensitivity"].fillna({"anchor": ""})
-    return pd.DataFrame([row("its own anchor, no wrong verdicts", own), *(row(f"{anchor} anchor" if anchor else f"{wrong:.0%} of verdicts wrong", runs) for (anchor, wrong), runs in varied.groupby(["anchor", "wrong"], sort=False))])
+    varied: Any = found["sensitivity"].fillna({"anchor": ""}).groupby(["anchor", "wrong"], sort=False)
+    return pd.DataFrame([row("its own anchor, no wrong verdicts", own), *(row(f"{anchor} anchor" if anchor else f"{wrong:.0%} of verdicts wrong", runs) for (anchor, wrong), runs in varied)])
