@@ -196,8 +196,9 @@ MARGIN = 0.02  # "no better" means: better by less than this
 
 def _line(claim: str, values: Sequence[float], n: str, verdict: str = "above 0") -> dict:
     mean, low, high = interval(values)
-    held = {"above 0": low > 0, "no better": high < MARGIN, "": None}[verdict]  # without an interval, neither is shown
-    return {"claim": claim, "measured": mean, "low": low, "high": high, "n": n, "held": "" if held is None else "yes" if held else "not shown"}
+    held = {"above 0": low > 0, "no better": high < MARGIN, "": False}[verdict]  # without an interval, neither is shown
+    opposite = {"above 0": high < 0, "no better": low > MARGIN, "": False}[verdict]
+    return {"claim": claim, "measured": mean, "low": low, "high": high, "n": n, "held": "" if not verdict else "yes" if held else "the opposite" if opposite else "not shown"}
 
 
 def compare_claims(rows: pd.DataFrame, family: str) -> list[dict]:

@@ -38,10 +38,11 @@ def test_intervals_are_students_over_organisms():
     assert math.isnan(interval([.5])[1]) and math.isnan(interval([])[0])
     lines = {r["claim"]: r for r in train_claims(runs({"cat": .6, "ttrl": .3, "rlvr": .9}))}
     np.testing.assert_allclose(lines["CaT-RL minus ttrl"]["measured"], .3)
-    assert lines["CaT-RL minus ttrl"]["held"] == "yes" and lines["CaT-RL minus rlvr"]["held"] == "not shown" and lines["CaT-RL minus ttrl, greedy"]["held"] == "not shown"
+    assert lines["CaT-RL minus ttrl"]["held"] == "yes" and lines["CaT-RL minus rlvr"]["held"] == "the opposite" and lines["CaT-RL minus ttrl, greedy"]["held"] == "not shown"
     np.testing.assert_allclose(lines["share of the way from start to gold RL"]["measured"], np.mean([.4 / .7, .41 / .71]))
     from synthlab.training.claims import _line
     assert [_line("", x, "", "no better")["held"] for x in ([.001, .002, .0], [.01, .06, -.03], [0.])] == ["yes", "not shown", "not shown"], "one value, or a wide interval, shows nothing"
+    assert _line("", [.2, .21, .19], "", "no better")["held"] == "the opposite"
     assert _line("", [.5], "")["held"] == "not shown"
     matched = token_matched(runs({"cat": .6, "ttrl": .3}))
     assert set(matched[matched.arm == "cat"].step) == {1} and set(matched[matched.arm == "ttrl"].step) == {2}, "tokens of the anchor count"
