@@ -6,7 +6,7 @@
 __all__ = ['ENDED', 'Points', 'PANELS', 'LABELS', 'Panel', 'MONITOR_CSS', 'RunLog', 'series', 'read_run', 'thin', 'nice_ticks',
            'number', 'curve_svg', 'label_of', 'quantities', 'panels', 'swatch', 'panel_html', 'curves_html', 'duration',
            'flat_settings', 'differing', 'silent', 'facts', 'notes', 'run_html', 'numbers_html', 'settings_html',
-           'monitor_html', 'names_of', 'Polled', 'RunMonitor']
+           'monitor_html', 'names_of', 'alert', 'Polled', 'RunMonitor']
 
 # %% ../../nbs/85_monitor.ipynb #a4882000
 import json, math, threading, time
@@ -340,6 +340,9 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     length = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), max(map(len, parts)))
     return ["/".join(p[-length:]) for p in parts]
 
+
+def alert(e: Exception) -> str: return f'<p class="sl-error" role="alert">{escape(type(e).__name__)}: {escape(e)}</p>'
+
 # %% ../../nbs/85_monitor.ipynb #74f7fb8c
 class Polled(Live):
     "A page that also redraws by itself while it is shown. Subclasses give `look`, which reads the world, and `pause`."
@@ -353,8 +356,7 @@ class Polled(Live):
 
     @property
     def widget(self):
-        found = super().widget
-        self.watch()
+        found = super().widget; self.watch()
         return found
 
     @property
@@ -386,7 +388,7 @@ class Polled(Live):
                     self.look()
                     self._draw(self.pages())
                     wait = self.pause()
-                except Exception as e: self._draw({"page": f'<p class="sl-error" role="alert">{escape(type(e).__name__)}: {escape(e)}</p>'})  # nobody reads the log of a thread
+                except Exception as e: self._draw({"page": alert(e)})  # nobody reads the log of a thread
             if wait is None: self._thread = None
             return None if wait is None else max(wait, 20 * (time.monotonic() - start))
 
@@ -427,7 +429,7 @@ class RunMonitor(Polled):
         self.trouble = ""
         try:
             if stops: request_stop(self.folders[int(at)])
-        except SynthlabError as e: self.trouble = f'<p class="sl-error" role="alert">{escape(type(e).__name__)}: {escape(e)}</p>'  # stays on the page while it redraws
+        except SynthlabError as e: self.trouble = alert(e)  # stays on the page while it redraws
         self.look()
         self.watch()
 
