@@ -6,7 +6,7 @@
 __all__ = ['ENDED', 'Points', 'PANELS', 'LABELS', 'Panel', 'MONITOR_CSS', 'RunLog', 'series', 'read_run', 'thin', 'nice_ticks',
            'number', 'curve_svg', 'label_of', 'quantities', 'panels', 'swatch', 'panel_html', 'curves_html', 'duration',
            'flat_settings', 'differing', 'silent', 'facts', 'notes', 'run_html', 'numbers_html', 'settings_html',
-           'monitor_html', 'names_of', 'Polled', 'RunMonitor']
+           'monitor_html', 'names_of', 'alert', 'Polled', 'RunMonitor']
 
 # %% ../../nbs/85_monitor.ipynb #a4882000
 import json, math, threading, time
@@ -246,7 +246,7 @@ _STATES = {"waiting": "not begun", "running": "running", "unfinished": "not fini
 
 def silent(log: RunLog) -> bool:
     "Has a run that should be going on been silent for much longer than its slowest recent step?"
-    slow = max([v for _, v in series(log.rows, "seconds")[-50:]], default=10.)
+    slow = max([v for _, v in series(log.rows, "seconds")[-50:]], default=60.)  # the first step compiles
     return log.state in ("running", "unfinished") and log.quiet > max(20., 5 * slow)
 
 def facts(log: RunLog) -> list[str]:
@@ -341,6 +341,9 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     length = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), max(map(len, parts)))
     return ["/".join(p[-length:]) for p in parts]
 
+
+def alert(e: Exception) -> str: return f'<p class="sl-error" role="alert">{escape(type(e).__name__)}: {escape(e)}</p>'
+
 # %% ../../nbs/85_monitor.ipynb #74f7fb8c
 class Polled(Live):
     "A page that also redraws by itself while it is shown. Subclasses give `look`, which reads the world, and `pause`."
@@ -354,8 +357,7 @@ class Polled(Live):
 
     @property
     def widget(self):
-        found = super().widget
-        self.watch()
+        found = super().widget; self.watch()
         return found
 
     @property
@@ -379,14 +381,15 @@ class Polled(Live):
         while (wait := self._look_once()) is not None: self._wake.wait(wait)
 
     def _look_once(self) -> float | None:
-        "Look and redraw; the seconds until the next time."
-        start, trouble = time.monotonic(), ""
-        try: self.look()
-        except Exception as e: trouble = f'<p class="sl-error" role="alert">{escape(type(e).__name__)}: {escape(e)}</p>'  # nobody reads the log of a thread
+        "Look and redraw; the seconds until the next time, or None."
+        start, wait = time.monotonic(), None
         with self._lock:
-            shown = self._widget is not None and self._widget.comm is not None  # a widget that was closed has no comm
-            if shown: self._draw({**(pages := self.pages()), "page": pages["page"] + trouble})
-            wait = self.pause() if shown and not trouble else None
+            if self._widget is not None and self._widget.comm is not None:  # a widget that was closed has no comm
+                try:
+                    self.look()
+                    self._draw(self.pages())
+                    wait = self.pause()
+                except Exception as e: self._draw({"page": alert(e)})  # nobody reads the log of a thread
             if wait is None: self._thread = None
             return None if wait is None else max(wait, 20 * (time.monotonic() - start))
 
@@ -404,6 +407,7 @@ class RunMonitor(Polled):
         if not self.folders: raise BadInput("there are no runs to watch")
         if len({f.resolve() for f in self.folders}) < len(self.folders): raise BadInput("a run is given twice")
         self.alarm, self.every, self.names = alarm, every, names_of(self.folders)
+        self.trouble = ""  # why the last request to stop failed
         self.logs, self._changed = [RunLog(n) for n in self.names], [time.monotonic()] * len(self.folders)
         self.look()
 
@@ -421,11 +425,15 @@ class RunMonitor(Polled):
 
     def step(self, action, value):
         name, _, at = action.partition("-")
-        if name == "stop" and at.isdecimal() and int(at) < len(self.folders): request_stop(self.folders[int(at)])
-        elif action != "look": raise BadInput(f"unknown action {action!r}")
+        stops = name == "stop" and at.isdecimal() and int(at) < len(self.folders)
+        if not stops and action != "look": raise BadInput(f"unknown action {action!r}")
+        self.trouble = ""
+        try:
+            if stops: request_stop(self.folders[int(at)])
+        except SynthlabError as e: self.trouble = alert(e)  # stays on the page while it redraws
         self.look()
         self.watch()
 
-    def pages(self): return {"options": "", "page": monitor_html(self.logs, self.alarm, live=True)}
+    def pages(self): return {"options": "", "page": self.trouble + monitor_html(self.logs, self.alarm, live=True)}
     def still(self): return static_html(monitor_html(self.logs, self.alarm))
     def __repr__(self): return f"RunMonitor({', '.join(self.names)})"

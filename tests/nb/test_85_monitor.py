@@ -262,10 +262,12 @@ def test_what_cannot_be_done_is_said():
             with pytest.raises(BadInput, match=why): RunMonitor(given)
         live = RunMonitor([f"{folder}/x/run", f"{folder}/y/run"])
         assert live.names == ["x/run", "y/run"] == [log.name for log in live.logs] and RunMonitor(f"{folder}/x/run").names == ["run"] and not Path(folder, "x").exists()
-        for action, why in (("stop-0", "no run in"), ("stop-2", "unknown action"), ("stop-x", "unknown action"), ("paint", "unknown action")):
+        for action, why in (("stop-2", "unknown action"), ("stop-x", "unknown action"), ("paint", "unknown action")):
             with pytest.raises(BadInput, match=why): live.act(action)
         live.widget._handle_msg({"content": {"data": {"method": "custom", "content": {"act": "stop-0", "value": ""}}}, "buffers": []})
-        assert "there is no run in" in live.widget.page
+        assert "there is no run in" in live.widget.page and "there is no run in" in live.pages()["page"], "it is still there when the page is drawn again"
+        live.act("look")
+        assert "there is no run in" not in live.widget.page
         live.close()
     from synthlab.lab import widgets
     assert widgets.RunMonitor is RunMonitor
