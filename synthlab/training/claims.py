@@ -91,7 +91,7 @@ def _order(groups: Sequence[Group], lm: LocalLM, refs) -> dict:
     other = synthesize(groups, lm, seed=12345, prompt=anchor_prompt, max_tokens=16, progress=False)
     return {"G": 8, "estimator": "(same answer in another order)", "accuracy": float(np.mean([a.answer == b.answer for a, b in zip(refs, other)])), "n": len(refs)}
 
-
+# %% ../../nbs/55_claims.ipynb #8da88f14
 def train_job(plan: Plan, job: Job, folder: Path) -> list[dict]:
     "Train one arm; a row for each measurement."
     lm, world, tuning = organism(plan, replace(job, anchor=""), folder), make_world(job.family, job.world), job.kind == "tune"

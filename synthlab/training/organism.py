@@ -190,7 +190,7 @@ def newborn(
         if w[-1].isdigit() and w[0] != "m": embed[i] = digits[int(w[-1])] + (letters[w[0]] if len(w) == 2 else 0)
     return replace(params, embed=jnp.asarray(embed))
 
-
+# %% ../../nbs/53_organism.ipynb #e46a0cc9
 def raise_organism(
     world: World,
     folder: str | Path,  # a folder that holds the finished organism is read, one that holds a part of the work goes on
