@@ -119,7 +119,7 @@ def number(v: float) -> str:
     return (f"{v:,.0f}" if 1000 <= abs(v) < 1e7 else f"{v:.3g}").replace("-", "−")
 
 # %% ../../nbs/85_monitor.ipynb #88b67cf2
-_W, _H, _LEFT, _TOP, _RIGHT, _BOTTOM = 320, 140, 42, 8, 8, 20  # of a picture and its margins
+_W, _H, _LEFT, _TOP, _RIGHT, _BOTTOM = 320, 140, 42, 8, 10, 20  # of a picture and its margins
 _DASHES = ("", "6 3", "2 2.5", "9 3 2 3")
 
 def _look(i: int) -> str:
@@ -160,7 +160,7 @@ def curve_svg(
     y = lambda v: _H - _BOTTOM - (cap(v) - ticks[0]) / (ticks[-1] - ticks[0]) * (_H - _BOTTOM - _TOP)
     rows = "".join(f'<line x1="{_LEFT}" x2="{_W - _RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/><text x="{_LEFT - 5}" y="{y(t) + 3:.1f}" text-anchor="end">{number(t)}</text>' for t in ticks)
     at = [t for t in nice_ticks(left, right, 4) if left <= t <= right and t == int(t)]
-    columns = "".join(f'<text x="{x(t):.1f}" y="{_H - 6}" text-anchor="middle">{number(t)}</text>' for t in at)
+    columns = "".join(f'<text x="{x(t):.1f}" y="{_H - 6}" text-anchor="{"end" if x(t) > _W - 22 else "middle"}">{number(t)}</text>' for t in at)
     body = "".join(_mark_svg(s, why, x) for s, why in marks if left <= s <= right) + "".join(_line_svg(i, points, x, y) for i, _, points in shown)
     about = "; ".join([_described(label, points) for _, label, points in shown] + [f"{why} at step {s}" for s, why in marks])
     return f'<svg class="sl-plot" viewBox="0 0 {_W} {_H}" role="img" aria-label="{escape(about)}"><g class="sl-axis" aria-hidden="true">{rows}{columns}</g>{body}</svg>'
@@ -168,8 +168,8 @@ def curve_svg(
 # %% ../../nbs/85_monitor.ipynb #2a73c6a4
 PANELS = {
     "Learning": {"Reward": ["reward"], "Loss": ["loss"], "Accuracy": ["accuracy", "held_out", "held_out_greedy"]},
-    "References": {"Where the reference stands": ["reference_accuracy", "majority_accuracy", "right_when_all_wrong", "disagrees"]},
-    "Spread": {"Shares": ["majority_share", "flat", "distinct"], "Entropy of answers, nats": ["entropy_of_answers"], "Entropy of a token, nats": ["entropy"], "KL to the start, nats": ["kl"]},
+    "References": {"Share of tasks": ["reference_accuracy", "majority_accuracy", "right_when_all_wrong", "disagrees"]},
+    "Spread": {"Agreement": ["majority_share", "flat", "distinct"], "Entropy of answers, nats": ["entropy_of_answers"], "Entropy of a token, nats": ["entropy"], "KL to the start, nats": ["kl"]},
     "Cost": {"Tokens a step": ["policy_tokens", "anchor_tokens"], "Seconds a step": ["seconds"]},
 }
 LABELS = {"accuracy": "trained on", "held_out": "held out, T=1", "held_out_greedy": "held out, greedy", "reference_accuracy": "reference right", "majority_accuracy": "majority right",
@@ -207,7 +207,8 @@ def swatch(i: int) -> str: return f'<svg class="sl-swatch" viewBox="0 0 22 8" ar
 def panel_html(panel: Panel, marks: Sequence[tuple[int, str]]) -> str:
     "One picture with its title and, as a legend, the last value of each line."
     title, lines = panel
-    legend = "".join(f'<span class="sl-key">{swatch(i)}{escape(label) if len(lines) > 1 else "now"} <b>{number(points[-1][1])}</b></span>' for label, i, points in lines if points)
+    keys = [(f"{swatch(i)}{escape(label)} " if len(lines) > 1 else "") + f"<b>{number(points[-1][1])}</b>" for label, i, points in lines if points]
+    legend = f'<span class="sl-keys">{"".join(f"<span class=sl-key>{k}</span>" for k in keys)}</span>'
     picture = curve_svg({label if len(lines) > 1 else title: points for label, _, points in lines}, [i for _, i, _ in lines], marks)
     return f'<figure class="sl-curve"><figcaption><b>{escape(title)}</b>{legend}</figcaption>{picture}</figure>'
 
@@ -277,7 +278,7 @@ def run_html(log: RunLog, at: int, several: bool, differs: Mapping[str, str], al
     stop = f'<button type="button" class="sl-stop" data-act="stop-{at}" data-value="" data-key="stop-{at}" title="{hint}"{off}>Stop</button>' if live else ""
     bar = f'<progress max="{log.steps}" value="{min(log.done, log.steps)}" aria-label="Progress of {escape(log.name)}"></progress>' if log.steps else ""
     apart = "".join(f'<span class="sl-key">{escape(k)} <b>{escape(v)}</b></span>' for k, v in differs.items()) if several else ""
-    says = "".join(f'<p class="{"sl-error" if bad else "sl-note"}" role="{"alert" if bad else "status"}">{escape(text)}</p>' for text, bad in notes(log, alarm))
+    says = "".join(f'<p class="{"sl-error" if bad else "sl-note"}">{escape(text[:1].upper() + text[1:])}.</p>' for text, bad in notes(log, alarm))
     return (f'<section class="sl-run" aria-label="Run {escape(log.name)}"><header>{swatch(at) if several else ""}<b>{escape(log.name)}</b><span class="sl-state sl-{escape(log.state)}">{escape(_STATES.get(log.state, log.state))}</span>'
             f'{bar}<span class="sl-facts">{escape(" · ".join(facts(log)))}</span>{stop}</header>{f"<p class=sl-note>{apart}</p>" if apart else ""}{says}</section>')
 
@@ -313,8 +314,8 @@ MONITOR_CSS = """
 .sl h4 { font: 600 13px/1.4 inherit; font-family: inherit; margin: 14px 0 4px; color: var(--sl-fg); }
 .sl .sl-panels { display: grid; gap: 10px 18px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)); }
 .sl figure.sl-curve { margin: 0; padding: 0; min-width: 0; display: flex; flex-direction: column; justify-content: flex-end; }
-.sl .sl-curve figcaption { display: flex; flex-wrap: wrap; gap: 0 10px; font-size: 12px; color: var(--sl-dim); line-height: 1.5; margin: 0 0 auto; max-width: none; }
-.sl .sl-curve figcaption > b { color: var(--sl-fg); font-weight: 600; margin-right: auto; }
+.sl .sl-curve figcaption { font-size: 12px; color: var(--sl-dim); line-height: 1.5; margin: 0 0 auto; max-width: none; }
+.sl .sl-curve figcaption > b { color: var(--sl-fg); font-weight: 600; margin-right: 10px; }
 .sl .sl-key { white-space: nowrap; margin-right: 8px; } .sl .sl-key b { color: var(--sl-fg); font-weight: 600; font-variant-numeric: tabular-nums; }
 .sl .sl-swatch { width: 22px; height: 8px; margin-right: 4px; vertical-align: middle; }
 .sl .sl-plot { display: block; width: 100%; max-width: 460px; height: auto; }

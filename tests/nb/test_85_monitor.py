@@ -149,8 +149,8 @@ def test_a_page_says_how_a_run_does():
     assert "step 10 of 40 · 2.0 s a step · about 60 s left" in page and 'max="40" value="10"' in page and "running" in page and "<button" not in page
     assert monitor_html([log], live=True).count("<button") == 1 and '"true">Stop' not in monitor_html([log], live=True)
     says = lambda **new: monitor_html([replace(log, **new)], live=True)
-    for new, text in (({"state": "finished"}, "✓ finished"), ({"state": "failed", "detail": "TrainingError: step 5"}, "TrainingError: step 5"), ({"asked": True}, "ends after the step"), ({"state": "stopped", "detail": "on request"}, "Stopped on request: call it again"), ({"state": "stopped", "detail": "by its own rule"}, ">Stopped by its own rule<"),
-                      ({"quiet": 90.}, "nothing new for 2 min"), ({"state": "waiting", "rows": [], "settings": {}}, "not begun"), ({"state": "unreadable", "rows": [], "settings": {}}, "cannot be read"), ({"state": "strange"}, "strange")):
+    for new, text in (({"state": "finished"}, "✓ finished"), ({"state": "failed", "detail": "TrainingError: step 5"}, "TrainingError: step 5"), ({"asked": True}, "ends after the step"), ({"state": "stopped", "detail": "on request"}, "Stopped on request: call it again"), ({"state": "stopped", "detail": "by its own rule"}, ">Stopped by its own rule.<"),
+                      ({"quiet": 90.}, "Nothing new for 2 min"), ({"state": "waiting", "rows": [], "settings": {}}, "not begun"), ({"state": "unreadable", "rows": [], "settings": {}}, "cannot be read"), ({"state": "strange"}, "strange")):
         assert text in says(**new), text
     assert "left" not in "".join(facts(replace(log, state="stopped"))) and "Look again" in says(state="finished") and "Look again" not in says()
     for new in ({"asked": True}, {"state": "finished"}, {"settings": {}}): assert 'data-key="stop-0"' in says(**new) and '"true">Stop' in says(**new)
@@ -185,11 +185,11 @@ def test_runs_are_told_apart_by_what_differs():
 def test_a_run_is_stopped_by_the_widget_and_goes_on_bit_for_bit():
     with tempfile.TemporaryDirectory() as folder:
         at, lm = (lambda name: f"{folder}/{name}"), beginner(f"{folder}/model")
-        whole = small_run(lm, at("whole"), 12)
-        live, out, gate = RunMonitor(at("run"), every=.02), [], Gate(4)
+        whole = small_run(lm, at("whole"), 6)
+        live, out, gate = RunMonitor(at("run"), every=.02), [], Gate(3)
         page = lambda: live.widget.page
         assert "not begun" in page() and live.watching
-        run = threading.Thread(target=lambda: out.append(small_run(lm, at("run"), 12, reward=gate)))
+        run = threading.Thread(target=lambda: out.append(small_run(lm, at("run"), 6, reward=gate)))
         run.start()
         until(lambda: "running" in page() and gate.here.is_set())
         live.widget._handle_msg({"content": {"data": {"method": "custom", "content": {"act": "stop-0", "value": ""}}}, "buffers": []})
@@ -197,10 +197,10 @@ def test_a_run_is_stopped_by_the_widget_and_goes_on_bit_for_bit():
         gate.open.set()
         run.join(200)
         until(lambda: "Stopped on request: call it again" in page() and not live.watching)
-        assert out[0].history.step.tolist() == [0, 1, 2, 3, 4] and out[0].lm.revision != whole.lm.revision and (Path(at("run")) / "checkpoint.safetensors").exists() and not (Path(at("run")) / "stop").exists()
-        done = small_run(lm, at("run"), 12)
+        assert out[0].history.step.tolist() == [0, 1, 2, 3] and out[0].lm.revision != whole.lm.revision and (Path(at("run")) / "checkpoint.safetensors").exists() and not (Path(at("run")) / "stop").exists()
+        done = small_run(lm, at("run"), 6)
         live.act("look")
-        assert "✓ finished" in page() and "step 12 of 12" in page() and not live.watching
+        assert "✓ finished" in page() and "step 6 of 6" in page() and not live.watching
         assert done.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds")) and done.lm.revision == whole.lm.revision
         for a, b in zip(jax.tree.leaves(done.lm.params), jax.tree.leaves(whole.lm.params)): np.testing.assert_array_equal(a, b)
 
