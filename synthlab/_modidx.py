@@ -846,7 +846,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'synthlab.lab.monitor._line_svg': ('monitor.html#_line_svg', 'synthlab/lab/monitor.py'),
                                       'synthlab.lab.monitor._look': ('monitor.html#_look', 'synthlab/lab/monitor.py'),
                                       'synthlab.lab.monitor._mark_svg': ('monitor.html#_mark_svg', 'synthlab/lab/monitor.py'),
-                                      'synthlab.lab.monitor._points': ('monitor.html#_points', 'synthlab/lab/monitor.py'),
                                       'synthlab.lab.monitor._state': ('monitor.html#_state', 'synthlab/lab/monitor.py'),
                                       'synthlab.lab.monitor.alert': ('monitor.html#alert', 'synthlab/lab/monitor.py'),
                                       'synthlab.lab.monitor.curve_svg': ('monitor.html#curve_svg', 'synthlab/lab/monitor.py'),

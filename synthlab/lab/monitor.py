@@ -106,12 +106,11 @@ def thin(points: Points, most: int = 240) -> Points:
 
 def nice_ticks(low: float, high: float, about: int = 3) -> list[float]:
     "Round numbers, evenly spaced, that enclose an interval."
-    size = max(abs(low), abs(high))
-    if high - low <= max(1e-9 * size, 1e-290): low, high = low - (size if size > 1e-280 else 1.) / 10, high + (size if size > 1e-280 else 1.) / 10
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30): low, high = low - (abs(low) or 1.) / 10, high + (abs(high) or 1.) / 10
     raw = (high - low) / about
     unit = 10. ** math.floor(math.log10(raw))
-    apart = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * .999)
-    return [k * apart for k in range(math.floor(low / apart + 1e-6), math.ceil(high / apart - 1e-6) + 1)]
+    size = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * .999)
+    return [k * size for k in range(math.floor(low / size + 1e-6), math.ceil(high / size - 1e-6) + 1)]
 
 
 def number(v: float) -> str:
@@ -161,7 +160,7 @@ def curve_svg(
     y = lambda v: _H - _BOTTOM - (cap(v) - ticks[0]) / (ticks[-1] - ticks[0]) * (_H - _BOTTOM - _TOP)
     rows = "".join(f'<line x1="{_LEFT}" x2="{_W - _RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/><text x="{_LEFT - 5}" y="{y(t) + 3:.1f}" text-anchor="end">{number(t)}</text>' for t in ticks)
     at = [t for t in nice_ticks(left, right, 4) if left <= t <= right and t == int(t)]
-    columns = "".join(f'<text x="{min(x(t), _W - 3 * len(number(t))):.1f}" y="{_H - 6}" text-anchor="middle">{number(t)}</text>' for t in at)
+    columns = "".join(f'<text x="{x(t):.1f}" y="{_H - 6}" text-anchor="{"end" if x(t) > _W - 22 else "middle"}">{number(t)}</text>' for t in at)
     body = "".join(_mark_svg(s, why, x) for s, why in marks if left <= s <= right) + "".join(_line_svg(i, points, x, y) for i, _, points in shown)
     about = "; ".join([_described(label, points) for _, label, points in shown] + [f"{why} at step {s}" for s, why in marks])
     return f'<svg class="sl-plot" viewBox="0 0 {_W} {_H}" role="img" aria-label="{escape(about)}"><g class="sl-axis" aria-hidden="true">{rows}{columns}</g>{body}</svg>'
@@ -171,7 +170,7 @@ PANELS = {
     "Learning": {"Reward": ["reward"], "Loss": ["loss"], "Accuracy": ["accuracy", "held_out", "held_out_greedy"]},
     "References": {"Share of tasks": ["reference_accuracy", "majority_accuracy", "right_when_all_wrong", "disagrees"]},
     "Spread": {"Agreement": ["majority_share", "flat", "distinct"], "Entropy of answers, nats": ["entropy_of_answers"], "Entropy of a token, nats": ["entropy"], "KL to the start, nats": ["kl"]},
-    "Cost": {"Tokens a step": ["policy_tokens", "anchor_tokens"], "Seconds a step, from the second on": ["seconds"]},
+    "Cost": {"Tokens a step": ["policy_tokens", "anchor_tokens"], "Seconds a step": ["seconds"]},
 }
 LABELS = {"accuracy": "trained on", "held_out": "held out, T=1", "held_out_greedy": "held out, greedy", "reference_accuracy": "reference right", "majority_accuracy": "majority right",
           "right_when_all_wrong": "reference right, rollouts all wrong", "disagrees": "reference is not the majority", "majority_share": "majority's share", "flat": "groups without spread", "distinct": "distinct answers",
@@ -188,11 +187,6 @@ def quantities(logs: Sequence[RunLog]) -> list[str]:
 # %% ../../nbs/85_monitor.ipynb #ef8761a3
 Panel = tuple[str, list[tuple[str, int, Points]]]  # title; (label, look, points) of its lines
 
-def _points(log: RunLog, key: str) -> Points:
-    "What is drawn of a quantity: the first step compiles, which takes so long that the others would lie on the axis."
-    points = series(log.rows, key)
-    return points[1:] if key == "seconds" and len(points) > 1 else points
-
 def panels(logs: Sequence[RunLog]) -> dict[str, list[Panel]]:
     "What is drawn, by group: pictures that share quantities for one run, that share runs for several."
     there = quantities(logs)
@@ -202,8 +196,9 @@ def panels(logs: Sequence[RunLog]) -> dict[str, list[Panel]]:
         for title, keys in pictures.items():
             keys = [(i, k) for i, k in enumerate(keys) if k in there]
             if not keys: continue
-            if len(logs) == 1: made = [(title, [(label_of(k), i, _points(logs[0], k)) for i, k in keys])]
-            else: made = [(title if len(pictures[title]) == 1 else f"{title}: {label_of(k)}", [(log.name, i, _points(log, k)) for i, log in enumerate(logs)]) for _, k in keys]
+            made: list[Panel]
+            if len(logs) == 1: made = [(title, [(label_of(k), i, series(logs[0].rows, k)) for i, k in keys])]
+            else: made = [(title if len(pictures[title]) == 1 else f"{title}: {label_of(k)}", [(log.name, i, series(log.rows, k)) for i, log in enumerate(logs)]) for _, k in keys]
             out.setdefault(group, []).extend(made)
     return out
 

@@ -409,8 +409,7 @@ def page_html(cat: Catalogue, view: View, tokenizer: Any = None) -> str:
 # %% ../../nbs/81_widgets.ipynb #aafedff4
 _ESM = """
 function render({ model, el }) {
-  const root = el.appendChild(document.createElement("div"));
-  root.className = "sl sl-live";
+  const root = Object.assign(el.appendChild(document.createElement("div")), { className: "sl sl-live" });
   const send = (act, value) => model.send({ act, value: String(value ?? "") });
   let held = false, late = false;  // a button that is replaced between press and release never hears of the click
   const draw = () => {
@@ -422,11 +421,9 @@ function render({ model, el }) {
     const list = root.querySelector("select[data-act]");
     if (list) { list.innerHTML = model.get("options"); list.value = list.dataset.at; }
     const now = old?.dataset.key && root.querySelector(`[data-key="${old.dataset.key}"]`);
-    if (now) {
-      if (now.type === "search") { now.value = old.value; }
-      now.focus({ preventScroll: true });
-      if (now.type === "search") { now.setSelectionRange(old.selectionStart, old.selectionEnd); }
-    }
+    if (now?.type === "search") now.value = old.value;
+    now?.focus({ preventScroll: true });
+    if (now?.type === "search") now.setSelectionRange(old.selectionStart, old.selectionEnd);
   };
   let timer;
   root.addEventListener("click", e => {
