@@ -517,8 +517,7 @@ class Live(ABC):
     def display_data(self, live: bool) -> tuple[dict, dict]:
         "What a notebook gets to display, with its metadata: always a static rendering, and with `live` the widget too."
         still = {"text/plain": repr(self), "text/html": self.still()}
-        if not live: return still, {}
-        data, meta = self.widget._repr_mimebundle_() or ({}, {})
+        data, meta = (self.widget._repr_mimebundle_() if live else None) or ({}, {})
         return {**data, **still}, meta
 
 # %% ../../nbs/81_widgets.ipynb #f3f7feee
