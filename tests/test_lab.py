@@ -57,6 +57,18 @@ def run_all(page, seconds=60):
 def end_kernel(page):
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
 
+def wear(page, theme):
+    "Change JupyterLab's theme and wait until the page wears it."
+    page.evaluate("theme => { window.jupyterapp.commands.execute('apputils:change-theme', { theme: `JupyterLab ${theme}` }) }", theme)
+    page.wait_for_selector(f"body[data-jp-theme-light={'true' if theme == 'Light' else 'false'}]", state="attached")
+
+
+def picture_in_the_dark(page, path):
+    wear(page, "Dark")
+    page.wait_for_timeout(500)
+    page.screenshot(path=path)
+    wear(page, "Light")
+
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=() if p.stem in FAST else pytest.mark.slow) for p in PAGES])
@@ -163,12 +175,7 @@ def test_a_run_is_watched_and_stopped_while_its_cell_is_running(lab, chromium, w
         assert not any(c["error"] for c in state["cells"])
         assert not (lab.root / "watched" / "stop").exists() and (lab.root / "watched" / "checkpoint.safetensors").exists()
 
-        page.evaluate("() => { window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' }) }")
-        page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
-        page.wait_for_timeout(500)
-        page.screenshot(path=tmp_path / "stopped_dark.png")
-        page.evaluate("() => { window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Light' }) }")
-        page.wait_for_selector("body[data-jp-theme-light=true]", state="attached")
+        picture_in_the_dark(page, tmp_path / "stopped_dark.png")
         end_kernel(page)
         watch.clean()
     finally: page.close()
@@ -229,12 +236,7 @@ def test_the_explorer_is_clicked_through(lab, chromium, watch, tmp_path):
         expect(status).to_contain_text("of 120")
         assert page.evaluate(CELLS) == n_cells and "owned" not in page.title()
 
-        page.evaluate("() => { window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' }) }")
-        page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
-        page.wait_for_timeout(500)
-        page.screenshot(path=tmp_path / "dark.png")
-        page.evaluate("() => { window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Light' }) }")
-        page.wait_for_selector("body[data-jp-theme-light=true]", state="attached")
+        picture_in_the_dark(page, tmp_path / "dark.png")
         end_kernel(page)
         watch.clean()
     finally: page.close()

@@ -11,6 +11,7 @@ __all__ = ['AVERAGES', 'ALGORITHMS', 'METHODS', 'SLOW', 'Algorithm', 'policy_los
 import math, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 import jax, jax.numpy as jnp, numpy as np, pandas as pd
@@ -39,6 +40,7 @@ class Algorithm:
     kl: float = 0.0  # strength of the pull towards the starting policy
     kl_in: str = "loss"  # "loss": as `kl_kind` of each token | "reward": k1 summed over the rollout, taken from its reward
     kl_kind: str = "k3"  # "k1" | "k2" | "k3"
+    kl_ratio: bool = False  # times the ratio: the gradient of k3 is then that of the reverse KL, also off policy (DeepSeek-V3.2, arXiv 2512.02556)
     updates: int = 1  # gradient steps a batch of rollouts
     replace_flat: int = 0  # DAPO's dynamic sampling: draw up to so many further batches of tasks to replace groups without spread
 
@@ -59,6 +61,7 @@ def _divergence(lp: jax.Array, ref: jax.Array, kind: str) -> jax.Array:
     return -d if kind == "k1" else d**2 / 2 if kind == "k2" else jnp.expm1(d) - d
 
 
+@lru_cache  # the same function for the same algorithm, so that its compiled step is found again
 def policy_loss(algorithm: Algorithm, most: int = 64) -> Loss:
     "The loss of a batch with extras old, ref and advantage, per token. `most` is the largest number of texts in a row."
     a = algorithm
@@ -74,7 +77,7 @@ def policy_loss(algorithm: Algorithm, most: int = 64) -> Loss:
         value = -(jnp.minimum(ratio * gain, clipped * gain) * w).sum()
         sums = {"entropy": (entropy * w).sum(), "clipped": ((ratio * gain > clipped * gain) * w).sum()}
         if "ref" in batch.extra:
-            pull = (_divergence(lp, batch.extra["ref"], a.kl_kind) * w).sum()
+            pull = (_divergence(lp, batch.extra["ref"], a.kl_kind) * (ratio if a.kl_ratio else 1.) * w).sum()
             value, sums = value + (a.kl if a.kl_in == "loss" else 0.) * pull, sums | {"kl": pull}
         return value, sums
     return loss
@@ -246,9 +249,10 @@ def _imitate(run: _Batches, groups: Sequence[Group], refs: Sequence[Reference], 
 # %% ../../nbs/51_grpo.ipynb #150e129f
 @dataclass(frozen=True)
 class CollapseAlarm:
-    "Tells when a loop deceives itself: rollouts agree more and more while held-out accuracy falls (methods such as majority voting do this first slowly, then all at once)."
+    "Tells when a loop deceives itself: held-out accuracy falls while rollouts agree more and more, as with majority voting; or falls so far that it needs no second sign, as when a policy imitates itself without a check."
     agreement: float = 0.05  # rise of the majority's share since the best measurement
-    loss: float = 0.02  # fall of held-out accuracy since then
+    loss: float = 0.02  # fall of held-out accuracy since then; it must also be more than a standard error
+    drift: float = 0.04  # fall that counts whatever the agreement does
     patience: int = 1  # measurements in a row
     stops: bool = False  # end the run; otherwise only warn
 
@@ -256,13 +260,16 @@ class CollapseAlarm:
         history: Sequence[Mapping[str, float]],  # rows of a run
     ) -> int | None:  # the step at which it fires; None: it does not
         "Look through a run's rows for the first step at which both signs hold."
-        best, at_best, share, run = -math.inf, 0., 0., 0
+        best, at_best, share, run = 0., math.nan, math.nan, 0
         for row in history:
             share = row["majority_share"] if not math.isnan(row.get("majority_share", math.nan)) else share
+            if math.isnan(at_best): at_best = share  # before the first step there are no rollouts yet
             held = row.get("held_out", math.nan)
             if math.isnan(held): continue
             if held > best: best, at_best = held, share
-            run = run + 1 if best - held > self.loss and share - at_best > self.agreement else 0
+            error = math.sqrt((best * (1 - best) + held * (1 - held)) / row.get("held_out_n", math.inf))
+            lost = best - held if best - held > error else 0.
+            run = run + 1 if lost > self.drift or lost > self.loss and share - at_best > self.agreement else 0
             if run >= self.patience: return int(row["step"])
         return None
 
@@ -323,7 +330,7 @@ def _measure(lm: LocalLM, held_out: Sequence[Task], sampler: Sampler, steps: int
     def after(step: int, params: Params) -> dict:
         if not held_out or step % every and step < steps: return {}
         at = lambda t: accuracy(lm.with_params(params, f"{seed}-{step}"), held_out, t, sampler.max_tokens)
-        return {"held_out": at(1.), "held_out_greedy": at(0.)}
+        return {"held_out": at(1.), "held_out_greedy": at(0.), "held_out_n": len(held_out)}
     return after
 
 def _check_tasks(tasks: Sequence[Task], held_out: Sequence[Task], sampler: Sampler) -> None:

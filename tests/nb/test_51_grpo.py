@@ -4,6 +4,7 @@ import pytest
 import math, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 import jax, jax.numpy as jnp, numpy as np, pandas as pd
@@ -148,11 +149,15 @@ def test_what_goes_wrong_is_counted_or_said_and_never_learnt():
         with pytest.raises(TrainingError, match="must be .4, 4. finite numbers"): train_rl(lm, tasks, reward=lambda groups, refs: [[math.inf] * 4] * 4, **quick)
 
 
-def test_an_alarm_needs_both_signs():
+def test_an_alarm_needs_both_signs_or_a_large_fall():
     row = lambda step, share, held: {"step": step, "majority_share": share, "held_out": held}
     assert CollapseAlarm().fires([row(0, .4, .3), row(10, .5, .6), row(20, .9, .55)]) == 20
-    assert CollapseAlarm().fires([row(0, .4, .3), row(10, .5, .6), row(20, .5, .5)]) is None, "it got worse, but not by agreeing"
+    assert CollapseAlarm().fires([row(0, .4, .3), row(10, .5, .6), row(20, .5, .57)]) is None, "it got a little worse, but not by agreeing"
+    assert CollapseAlarm().fires([row(0, .4, .3), row(10, .5, .6), row(20, .3, .5)]) == 20, "it got much worse, and does not agree: it drifts"
     assert CollapseAlarm().fires([row(0, .4, .3), row(10, .9, .6), row(20, 1, .65)]) is None, "it agrees, and is right"
     assert CollapseAlarm(patience=2).fires([row(0, .4, .5), row(10, .9, .4), row(20, 1., .5), row(30, 1., .4)]) is None
+    noisy = [row(0, .4, .3) | {"held_out_n": 50}, row(10, .9, .25) | {"held_out_n": 50}]
+    assert CollapseAlarm().fires(noisy) is None and CollapseAlarm().fires([r | {"held_out_n": 5000} for r in noisy]) == 10, "fifty problems cannot tell"
+    assert CollapseAlarm().fires([{"step": 0, "held_out": .5}, row(1, .4, .47)]) is None, "the first rollouts are no rise"
     rows = [{"step": 0, "held_out": .5}, {"step": 1, "majority_share": .4}, row(2, .9, math.nan), row(3, .95, .3)]
     assert CollapseAlarm().fires(rows) == 3
