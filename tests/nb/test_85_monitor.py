@@ -270,4 +270,4 @@ def test_what_cannot_be_done_is_said():
         assert "there is no run in" not in live.widget.page
         live.close()
     from synthlab.lab import widgets
-    assert widgets.RunMonitor is RunMonitor
+    assert (widgets.RunMonitor.__module__, widgets.RunMonitor.__name__) == ("synthlab.lab.monitor", "RunMonitor")
