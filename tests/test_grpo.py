@@ -1,4 +1,4 @@
-"""Losses, gradients and advantages of reinforcement learning, against those that TRL computes itself."""
+"""Losses, gradients and advantages of reinforcement learning, against those that TRL and verl compute themselves."""
 from dataclasses import replace
 
 import jax
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from synthlab.lm.jaxlm import Config, random_params, save_jax_model
-from synthlab.scoring.groups import group_advantages
+from synthlab.scoring.groups import group_advantages, kl
 from synthlab.training.grpo import ALGORITHMS, Algorithm, policy_loss, policy_units
 from synthlab.training.organism import WORDS, make_world, problems, write_tokenizer
-from synthlab.training.sft import lay_out
+from synthlab.training.sft import lay_out, packed_logprobs
 
 LONGEST = 8
 SIZE = Config("llama", len(WORDS), 32, 2, 4, 2, 8, 48, 1e-5, 256, True)
@@ -122,3 +122,63 @@ def test_advantages_are_those_of_trl(pair, scale):
         rows = [{"prompt": t.prompt, "reward": None if np.isnan(r) else float(r)} for t, r in zip(tasks, rewards.ravel())]
         theirs = trainer._generate_and_score_completions(rows)["advantages"].numpy().reshape(-1, G)
         np.testing.assert_allclose(group_advantages(rewards, "trl" if scale == "group" else "dr_grpo"), theirs, rtol=1e-5, atol=1e-5)
+
+
+# our algorithm, and verl's loss, its average and its settings that mean the same; verl has a second clip (Ye et al. 2020) and leaves empty rollouts out of means
+VERL = {
+    "GRPO": (Algorithm(), "vanilla", "seq-mean-token-mean", dict(clip_ratio_low=.2, clip_ratio_high=.2, clip_ratio_c=1e6)),
+    "DAPO": (ALGORITHMS["dapo"], "vanilla", "token-mean", dict(clip_ratio_low=.2, clip_ratio_high=.28, clip_ratio_c=1e6)),
+    "Dr. GRPO": (ALGORITHMS["dr_grpo"], "vanilla", "seq-mean-token-sum-norm", dict(clip_ratio_low=.2, clip_ratio_high=.2, clip_ratio_c=1e6)),
+    "GSPO": (ALGORITHMS["gspo"], "gspo", "seq-mean-token-mean", dict(clip_ratio_low=3e-4, clip_ratio_high=4e-4)),
+}
+
+
+@pytest.fixture(scope="module")
+def verl():
+    "The formulas of verl; its training loop needs accelerators."
+    return pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed: pip install verl")
+
+
+@pytest.mark.parametrize("name", VERL)
+def test_loss_and_gradient_are_those_of_verl(verl, name):
+    import torch
+    from verl.workers.config import ActorConfig
+    algorithm, loss, average, settings = VERL[name]
+    config = ActorConfig(strategy="fsdp", rollout_n=2, ppo_micro_batch_size_per_gpu=1, **settings)
+    params = random_params(SIZE, 0, scale=.2)
+    for seed in range(3):
+        prompts, replies, advantages, rng = (x[1:] if isinstance(x, (list, np.ndarray)) else x for x in drawn(seed))
+        spread = 1 if algorithm.ratio == "token" else 3e-3
+        old = [np.asarray(n, np.float32) + spread * rng.normal(0, .3, len(n)) for n in near(params, prompts, replies, np.random.default_rng(9))]
+        batch = jax.tree.map(lambda a: a[0], lay_out(policy_units(prompts, replies, old, None, advantages, algorithm.average, LONGEST), 32))
+        (value, _), grads = jax.value_and_grad(lambda p: policy_loss(algorithm)(p, batch), has_aux=True)(params)
+
+        (lp, _), back = jax.vjp(lambda p: packed_logprobs(p, batch), params)
+        mine = np.asarray(batch.weights) > 0
+        places = [np.argwhere(mine & (np.asarray(batch.extra["advantage"]) == np.float32(a))) for a in advantages]  # where each rollout lies in the packed rows
+        now, then, seen = (torch.zeros(len(replies), LONGEST) for _ in range(3))
+        for i, at in enumerate(places):
+            now[i, :len(at)], then[i, :len(at)], seen[i, :len(at)] = torch.tensor(np.asarray(lp)[tuple(at.T)]), torch.tensor(old[i]).float(), 1
+        now.requires_grad_(True)
+        found, _ = verl.get_policy_loss_fn(loss)(then, now, torch.tensor(advantages).float()[:, None].expand(-1, LONGEST), seen, average, config)
+        found.backward()
+        np.testing.assert_allclose(value, found.item(), rtol=1e-5, atol=1e-6)
+        pull = np.zeros(lp.shape, np.float32)
+        for i, at in enumerate(places): pull[tuple(at.T)] = now.grad[i, :len(at)].numpy()
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(back((pull, np.zeros_like(pull)))[0])): np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_advantages_and_divergences_are_those_of_verl(verl):
+    import torch
+    rng = np.random.default_rng(0)
+    for G in (2, 4, 8):
+        rewards = rng.choice([0., 1., .25], (6, G))
+        rewards[0] = .25  # nothing to compare
+        flat = torch.zeros(6 * G, 3)
+        flat[:, -1] = torch.tensor(rewards.ravel())
+        of = lambda f, **options: f(flat.clone(), torch.ones(6 * G, 3), np.repeat(np.arange(6), G), **options)[0][:, 0].numpy().reshape(6, G)
+        np.testing.assert_allclose(group_advantages(rewards, "verl"), of(verl.compute_grpo_outcome_advantage), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(group_advantages(rewards, "dr_grpo"), of(verl.compute_grpo_outcome_advantage, norm_adv_by_std_in_grpo=False), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(group_advantages(rewards, "rloo"), of(verl.compute_rloo_outcome_advantage), rtol=1e-5, atol=1e-5)
+    lp, ref = rng.normal(-2, .5, (2, 40))
+    for kind in ("k1", "k2", "k3"): np.testing.assert_allclose(kl(lp, ref, kind), verl.kl_penalty(torch.tensor(lp), torch.tensor(ref), kind), rtol=1e-5)

@@ -49,7 +49,7 @@ class Plan:
     rollouts: int = 16  # largest G that is compared
 
 
-QUICK = Plan(families=("confident",), worlds=1, seeds=1, arms=("cat", "ttrl"), rates=(5e-4,), anchors={}, judges=(), steps=30, problems=200)
+QUICK = Plan(families=("confident",), worlds=1, seeds=1, arms=("cat", "ttrl"), rates=(5e-4,), raising=800, anchors={}, judges=(), steps=30, problems=200)
 
 @dataclass(frozen=True)
 class Job:

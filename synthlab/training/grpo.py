@@ -24,7 +24,7 @@ from ..lm.rollouts import sample
 from ..methods.cat import estimate, gold_verdicts, group_answers, propose_rubric, reward, rubric_reward
 from ..scoring.groups import group_advantages, group_stats, kl, majority, answer_entropy
 from ..scoring.logprobs import score_replies
-from .sft import Batch, Loss, Optimizer, Text, TrainingError, epoch_order, fit, lay_out, likelihood_loss, next_token, packed_logprobs, text_sums
+from .sft import Batch, Loss, Optimizer, Text, TrainingError, epoch_order, fit, is_large, lay_out, likelihood_loss, next_token, packed_logprobs, step_batch, text_sums
 
 # %% ../../nbs/51_grpo.ipynb #95646a11
 AVERAGES = ("rollout", "token", "longest")
@@ -62,16 +62,16 @@ def _divergence(lp: jax.Array, ref: jax.Array, kind: str) -> jax.Array:
 
 
 @lru_cache  # the same function for the same algorithm, so that its compiled step is found again
-def policy_loss(algorithm: Algorithm, most: int = 64) -> Loss:
-    "The loss of a batch with extras old, ref and advantage, per token. `most` is the largest number of texts in a row."
+def policy_loss(algorithm: Algorithm) -> Loss:
+    "The loss of a batch with extras old, ref and advantage, per token."
     a = algorithm
     def loss(params: Params, batch: Batch, held: Any = None):
         lp, entropy = packed_logprobs(params, batch)
         mine, w = (batch.weights > 0).astype(jnp.float32), batch.weights
         log_ratio = (lp - batch.extra["old"]) * mine
         if a.ratio == "sequence":
-            mean = text_sums(batch, log_ratio, most) / jnp.maximum(text_sums(batch, mine, most), 1)
-            log_ratio = jnp.einsum("rn,rtn->rt", mean, jax.nn.one_hot(batch.owner, most), precision="highest")
+            mean = text_sums(batch, log_ratio) / jnp.maximum(text_sums(batch, mine), 1)
+            log_ratio = jnp.einsum("rn,rtn->rt", mean, jax.nn.one_hot(batch.owner, lp.shape[1]), precision="highest")
         ratio, gain = jnp.exp(log_ratio), batch.extra["advantage"]
         clipped = jnp.clip(ratio, 1 - a.clip_low, 1 + a.clip_high)
         value = -(jnp.minimum(ratio * gain, clipped * gain) * w).sum()
@@ -101,16 +101,24 @@ def policy_units(
     advantages: np.ndarray,  # (N,)
     average: str,
     longest: int,
+    room: int = 0,  # tokens up to which rollouts of one prompt stand behind it together, so that it is computed once; 0: each has its own
 ) -> list[list[Text]]:
     "Lay out rollouts for `policy_loss`."
-    units = []
+    units, before = [], None
     for i, w in enumerate(rollout_weights([len(r) for r in replies], average, longest)):
         if not len(replies[i]) or advantages[i] == 0 and ref is None: continue
-        n, k = len(prompts[i]), len(replies[i])
-        spread = lambda values: np.concatenate([np.zeros(n - 1), np.broadcast_to(values, k)])
-        extra = {"old": spread(old[i]), "advantage": spread(advantages[i])} | ({} if ref is None else {"ref": spread(ref[i])})
-        units.append([replace(next_token([*prompts[i], *replies[i]], np.repeat([0., w], [n, k])), extra=extra)])
+        p, k = list(prompts[i]), len(replies[i])
+        values = {"old": old[i], "advantage": np.broadcast_to(advantages[i], k)} | ({} if ref is None else {"ref": ref[i]})
+        if not room or len(p) < 2: units.append([_weighed([*p, *replies[i]], len(p), w, values)]); continue
+        if p != before or sum(len(t.inputs) for t in units[-1]) + k > room: units.append([_weighed(p, len(p), 0., {name: [] for name in values})])
+        units[-1].append(replace(_weighed([p[-1], *replies[i]], 1, w, values), after=True))
+        before = p
     return units
+
+def _weighed(ids: Sequence[int], given: int, weight: float, values: Mapping[str, Any]) -> Text:
+    "A text whose first `given` tokens are not learnt, with numbers for each of the others."
+    k = len(ids) - given
+    return replace(next_token(ids, np.repeat([0., weight], [given, k])), extra={n: np.concatenate([np.zeros(given - 1), v]) for n, v in values.items()})
 
 # %% ../../nbs/51_grpo.ipynb #f238501d
 @dataclass(frozen=True)
@@ -139,12 +147,12 @@ def references(
 def diagnose(
     groups: Sequence[Group],
     refs: Sequence[Reference],
-    rewards: np.ndarray,  # (n, G)
-) -> dict[str, float]:
+    rewards: np.ndarray,  # (n, G), NaN where unknown
+) -> dict[str, float]:  # `groups`, `judged`, `unscored`, `no_reference` and tokens are counts; the rest are means over the groups for which they are defined
     "Measure one batch of groups: agreement, spread, tokens by role, and accuracy where gold answers are known."
     rows, stats = [_diagnose_group(g, r) for g, r in zip(groups, refs)], group_stats(rewards)
     mean = lambda key: float(np.mean(known)) if (known := [r[key] for r in rows if not math.isnan(r[key])]) else math.nan
-    out = {key: mean(key) for key in rows[0]}
+    out = {"groups": len(groups), "judged": sum(not math.isnan(r["accuracy"]) for r in rows)} | {key: mean(key) for key in rows[0]}
     anchor = sum((Usage(**r.evidence["usage"]) for r in refs if "usage" in r.evidence), Usage())
     policy = sum((r.usage for g in groups for r in g.rollouts), Usage())
     return out | {"reward": stats.mean, "flat": stats.flat_share, "unscored": stats.unscored, "no_reference": sum(r.answer is None for r in refs),
@@ -152,12 +160,12 @@ def diagnose(
 
 
 def _diagnose_group(g: Group, ref: Reference) -> dict[str, float]:
-    "One group: shares and 0/1 facts, NaN where a question does not arise."
+    "One group: shares and 0/1 facts, NaN where a question does not arise or something in the group cannot be judged."
     answers = group_answers(g)
     *labels, at_ref, gold = cluster([*answers, ref.answer, g.task.answer], g.task.kind)
     vote = majority(labels, missing=-1)
     apart = at_ref != vote.answer and at_ref >= 0 and vote.answer is not None
-    judged = gold >= 0
+    judged = gold >= 0 and not any(a is not None and x < 0 for a, x in zip([*answers, ref.answer], [*labels, at_ref]))  # an answer that cannot be judged is not wrong
     right = lambda label: float(label == gold) if judged else math.nan
     hopeless = judged and gold not in labels
     return {"accuracy": float(np.mean([x == gold for x in labels])) if judged else math.nan, "reference_accuracy": right(at_ref), "majority_accuracy": right(vote.answer),
@@ -197,8 +205,7 @@ class _Batches:
         units = _reinforce(self, groups, rewards) if self.method.learn == "rl" else _imitate(self, groups, refs, rewards)
         row = diagnose(groups, refs, rewards)
         if not units: return None, row
-        length = 64 * -(-max(len(u[0].inputs) for u in units) // 64)
-        return [lay_out(units, length, max(1, 2 ** int(math.log2(max(1, self.part // length)))))] * self.algorithm.updates, row
+        return [step_batch(self.lm.params, units, max(sum(len(t.inputs) for t in u) for u in units), self.part)] * self.algorithm.updates, row
 
     def draw(self, step: int, policy: LocalLM) -> tuple[list[Group], list[Reference], np.ndarray]:
         "Sample groups and reward them; with dynamic sampling, groups without spread are replaced."
@@ -233,7 +240,7 @@ def _reinforce(run: _Batches, groups: Sequence[Group], rewards: np.ndarray) -> l
     if a.kl: ref = [lp for lp, _ in score_replies(run.lm.params, prompts, replies, progress=False)]
     if a.kl and a.kl_in == "reward": rewards = rewards - a.kl * np.array([kl(o, r, "k1").sum() for o, r in zip(old, ref or [])]).reshape(rewards.shape)
     advantages = group_advantages(rewards, a.scheme).reshape(-1)
-    return policy_units(prompts, replies, old, ref if a.kl_in == "loss" else None, advantages, a.average, run.sampler.max_tokens)
+    return policy_units(prompts, replies, old, ref if a.kl_in == "loss" else None, advantages, a.average, run.sampler.max_tokens, 1024 if is_large(run.lm.params) else 0)
 
 
 def _imitate(run: _Batches, groups: Sequence[Group], refs: Sequence[Reference], rewards: np.ndarray) -> list[list[Text]]:

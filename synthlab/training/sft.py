@@ -7,8 +7,8 @@ __all__ = ['Array', 'Loss', 'LORA_NAMES', 'STOP', 'STATE', 'ON_REQUEST', 'OWN_RU
            'best_fit', 'Batch', 'lay_out', 'may_look', 'packed_hidden', 'packed_logprobs', 'likelihood_loss',
            'text_sums', 'preference_loss', 'distillation_loss', 'lora_start', 'adapt', 'merge', 'Optimizer',
            'whole_tree', 'adapt_to', 'make_step', 'TrainingError', 'save_checkpoint', 'read_checkpoint', 'request_stop',
-           'read_metrics', 'Fit', 'fit', 'reply_weights', 'conversation', 'epoch_order', 'Trained', 'sft', 'dpo',
-           'distill']
+           'read_metrics', 'Fit', 'fit', 'reply_weights', 'conversation', 'epoch_order', 'Trained', 'step_batch',
+           'is_large', 'sft', 'dpo', 'distill']
 
 # %% ../../nbs/50_sft.ipynb #b8effdbf
 import bisect, math, time
@@ -36,6 +36,7 @@ class Text:
     weights: np.ndarray  # (T,) float: what its log-probability counts
     ahead: np.ndarray  # (T,) bool: earlier positions may look at this one
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> (T,) further numbers that a loss needs
+    after: bool = False  # goes on where the first text of its unit ends, and sees it
 
 
 def next_token(
@@ -91,30 +92,60 @@ class Batch:
     owner: Array  # int32: number of the text in its row, -1 where the row is empty
     positions: Array  # int32, from 0 in each text
     extra: dict[str, Array]  # float32
+    reads: Array | None = None  # int32: number of the text that this one continues, -2 for none; None: no text does
+    asked: Array | None = None  # int32 (A,) or (k, A): places of a part whose weight is not 0, then R * T; None: log-probs are wanted everywhere
 
 
 def lay_out(
     units: Sequence[Sequence[Text]],  # the texts of a unit share a row, in this order
     length: int,  # T: places in a row
     rows: int | None = None,  # R: rows in a part; None: all rows are one part
-) -> Batch:  # (k, R, T), where k is a power of two: shapes repeat from step to step
+    tight: bool = False,  # as few rows and parts as will do, and log-probs only where a weight is
+) -> Batch:  # (k, R, T), where k is a power of two unless `tight`: shapes repeat from step to step
     "Pack texts into a batch. Raises `BadInput` for a unit longer than a row."
-    packed = [[t for i in row for t in units[i]] for row in best_fit([sum(len(t.inputs) for t in u) for u in units], length)]
-    R = rows or _bucket(len(packed))
-    shape = (_bucket(-(-len(packed) // R)), R, length)
-    names = sorted({n for u in units for t in u for n in t.extra})
-    make = lambda dtype, fill=0: np.full(shape, fill, dtype)
-    b = Batch(make(np.int32), make(np.int32), make(np.float32), make(bool), make(np.int32, -1), make(np.int32), {n: make(np.float32) for n in names})
-    for at, texts in enumerate(packed):
-        start = 0
-        for number, t in enumerate(texts):
-            here = (*divmod(at, R), slice(start, start := start + len(t.inputs)))
-            for name in ("inputs", "targets", "weights", "ahead"): getattr(b, name)[here] = getattr(t, name)
-            b.owner[here], b.positions[here] = number, np.arange(len(t.inputs))
-            for name, a in t.extra.items(): b.extra[name][here] = a
-    return b
+    packed = [[units[i] for i in row] for row in best_fit([sum(len(t.inputs) for t in u) for u in units], length)]
+    k, R = _parts(len(packed), rows, tight)
+    b = _empty((k, R, length), sorted({n for u in units for t in u for n in t.extra}), any(t.after for u in units for t in u))
+    for at, row in enumerate(packed):
+        start = number = 0
+        for u in row:
+            first = number
+            for t in u:
+                here = (*divmod(at, R), slice(start, start := start + len(t.inputs)))
+                _write(b, here, t, number, len(u[0].inputs) if t.after else 0)
+                if t.after and b.reads is not None: b.reads[here] = first
+                number += 1
+    return replace(b, asked=_asked(b.weights)) if tight else b
 
 def _bucket(n: int) -> int: return 2 ** math.ceil(math.log2(max(1, n)))
+
+def _near(n: int) -> int:
+    "The next number of the form 2^i or 3 2^i: few shapes, and at most a third of one is empty."
+    return min(_bucket(n), 3 * _bucket(-(-n // 3)))
+
+# %% ../../nbs/50_sft.ipynb #b1b07602
+def _parts(needed: int, rows: int | None, tight: bool) -> tuple[int, int]:
+    "How many parts of how many rows hold the rows that are needed."
+    if not tight: return _bucket(-(-needed // (rows or _bucket(needed)))), rows or _bucket(needed)
+    k = _near(-(-needed // (rows or needed)))
+    return k, min(rows or needed, _near(-(-needed // k)))
+
+def _empty(shape: tuple[int, int, int], names: Sequence[str], continued: bool) -> Batch:
+    make = lambda dtype, fill=0: np.full(shape, fill, dtype)
+    return Batch(make(np.int32), make(np.int32), make(np.float32), make(bool), make(np.int32, -1), make(np.int32), {n: make(np.float32) for n in names}, make(np.int32, -2) if continued else None)
+
+def _write(b: Batch, here: tuple, t: Text, number: int, start: int) -> None:
+    "Put one text into its places; its positions count from `start`."
+    for name in ("inputs", "targets", "weights", "ahead"): getattr(b, name)[here] = getattr(t, name)
+    b.owner[here], b.positions[here] = number, start + np.arange(len(t.inputs))
+    for name, a in t.extra.items(): b.extra[name][here] = a
+
+def _asked(weights: np.ndarray) -> np.ndarray:  # (k, R, T) -> (k, A)
+    "The places of each part that have a weight."
+    flat = weights.reshape(len(weights), -1)
+    out = np.full((len(flat), min(flat.shape[1], _near(max(64, int((flat != 0).sum(1).max()))))), flat.shape[1], np.int32)
+    for row, w in zip(out, flat): row[:(w != 0).sum()] = np.flatnonzero(w)
+    return out
 
 # %% ../../nbs/50_sft.ipynb #33216ef9
 def may_look(
@@ -125,7 +156,8 @@ def may_look(
     behind = batch.positions[:, :, None] - batch.positions[:, None, :]
     seen = (behind >= 0) | batch.ahead[:, None, :]
     if window is not None: seen &= behind < window
-    return seen & (batch.owner[:, :, None] == batch.owner[:, None, :])
+    same = batch.owner[:, :, None] == batch.owner[:, None, :]
+    return seen & (same if batch.reads is None else same | (batch.reads[:, :, None] == batch.owner[:, None, :]))
 
 
 def packed_hidden(
@@ -154,10 +186,13 @@ def packed_logprobs(
     params: Params,
     batch: Batch,  # (R, T)
 ) -> tuple[jax.Array, jax.Array]:  # log-prob of each target, entropy of each distribution: (R, T), nats
-    "Compute the log-probability of every target. Differentiable, and never holds all logits."
+    "Compute the log-probability of every target, or of those that are asked for (0 elsewhere). Differentiable, and never holds all logits."
     h, up = packed_hidden(params, batch), params.layers["up"]
     f = lambda x, y: token_logprobs(x, params.output, y, dtype=(up.base if isinstance(up, Adapted) else up).dtype)
-    return tuple(a.reshape(h.shape[:2]) for a in row_blocks(f, 1024, h.reshape(-1, h.shape[-1]), batch.targets.reshape(-1)))
+    hidden, targets = h.reshape(-1, h.shape[-1]), jnp.asarray(batch.targets).reshape(-1)
+    if batch.asked is None: return tuple(a.reshape(h.shape[:2]) for a in row_blocks(f, 1024, hidden, targets))
+    found = row_blocks(f, 1024, *(a.at[batch.asked].get(mode="clip") for a in (hidden, targets)))
+    return tuple(jnp.zeros(len(targets)).at[batch.asked].add(a, mode="drop").reshape(h.shape[:2]) for a in found)
 
 # %% ../../nbs/50_sft.ipynb #f0050bc1
 Loss = Callable[[Params, Batch, Any], tuple[jax.Array, dict[str, jax.Array]]]  # (params, batch, held) -> (value, sums to report)
@@ -168,21 +203,20 @@ def likelihood_loss(params: Params, batch: Batch, held: Any = None) -> tuple[jax
     return -(lp * batch.weights).sum(), {"entropy": (entropy * batch.weights).sum()}
 
 
-def text_sums(batch: Batch, values: jax.Array, most: int) -> jax.Array:  # (R, T) -> (R, most)
-    "Sum values over each of the first `most` texts of a row."
-    return jnp.einsum("rt,rtn->rn", values, jax.nn.one_hot(batch.owner, most), precision="highest")
+def text_sums(batch: Batch, values: jax.Array) -> jax.Array:  # (R, T) -> (R, T)
+    "Sum values over each text of a row: the sum of text n stands at n."
+    return jnp.einsum("rt,rtn->rn", values, jax.nn.one_hot(batch.owner, values.shape[1]), precision="highest")
 
 
 def preference_loss(
     params: Params,
     batch: Batch,  # rows of units [chosen, rejected] with extras "reference" and "share"
     held: float,  # beta
-    most: int = 16,  # texts in a row, at most
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     "DPO and SPIN. `reference` sums to the reference model's log-prob of a text; `share` of the chosen text sums to the pair's part of the mean."
     lp, _ = packed_logprobs(params, batch)
-    gain = text_sums(batch, lp * batch.weights - batch.extra["reference"], most)
-    margin, share = held * (gain[:, 0::2] - gain[:, 1::2]), text_sums(batch, batch.extra["share"], most)[:, 0::2]
+    gain = text_sums(batch, lp * batch.weights - batch.extra["reference"])
+    margin, share = held * (gain[:, 0::2] - gain[:, 1::2]), text_sums(batch, batch.extra["share"])[:, 0::2]
     return -(jax.nn.log_sigmoid(margin) * share).sum(), {"margin": (margin * share).sum(), "right": ((margin > 0) * share).sum()}
 
 
@@ -524,9 +558,8 @@ def _train(
     for n in sizes: acc.add(*(("ok",) if n <= room else ("filtered", f"longer than {room} tokens")))
     units = [u for u, n in zip(units, sizes) if n <= room]
     if not units: raise BadInput(f"no example to train on: {acc}")
-    length = 64 * -(-max(n for n in sizes if n <= room) // 64)
-    steps = max(1, round(epochs * len(units) / batch_size))
-    def batches(step, model): return lay_out(share([units[i] for i in epoch_order(len(units), batch_size, step, seed)]), length, max(1, _floor2(part // length))), {}
+    longest, steps = max(n for n in sizes if n <= room), max(1, round(epochs * len(units) / batch_size))
+    def batches(step, model): return step_batch(lm.params, share([units[i] for i in epoch_order(len(units), batch_size, step, seed)]), longest, part), {}
     settings = {"method": method, "model": f"{lm.name}@{lm.revision}", "seed": seed, "batch_size": batch_size,
                 "data": content_id([[a.tolist() for a in (t.inputs, t.weights)] for u in units for t in u])}
     found = fit(lm.params, loss, batches, steps, folder=folder, settings=settings, progress=options.pop("progress", method), **options)
@@ -534,7 +567,20 @@ def _train(
     if folder is not None: save_jax_model(found.params, Path(folder) / "model", like=lm.folder)
     return Trained(new, found.history, acc)
 
-def _floor2(n: int) -> int: return 2 ** int(math.log2(max(1, n)))
+def step_batch(
+    params: Params,
+    units: Units,
+    longest: int,  # tokens that a row must hold
+    part: int,  # tokens in memory at a time
+) -> Batch:
+    "Lay out one step. A large model computes as little padding as will do; a small one gets the same shape at every step, since another program would cost it more."
+    least = 64 * -(-longest // 64)
+    if not is_large(params): return lay_out(units, least, 2 ** int(math.log2(max(1, part // least))))
+    sizes = [sum(len(t.inputs) for t in u) for u in units]
+    length = min((least, 2 * least, 4 * least), key=lambda n: (n * len(best_fit(sizes, n)), n))
+    return lay_out(units, length, max(1, part // length), tight=True)
+
+def is_large(params: Params) -> bool: return sum(a.size for a in jax.tree.leaves(params)) > 10**7  # weights; padding then costs more than another program
 
 # %% ../../nbs/50_sft.ipynb #cb54585d
 def sft(

@@ -17,7 +17,7 @@ from synthlab.lm.rollouts import sample
 from synthlab.methods.cat import estimate, gold_verdicts, group_answers, propose_rubric, reward, rubric_reward
 from synthlab.scoring.groups import group_advantages, group_stats, kl, majority, answer_entropy
 from synthlab.scoring.logprobs import score_replies
-from synthlab.training.sft import Batch, Loss, Optimizer, Text, TrainingError, epoch_order, fit, lay_out, likelihood_loss, next_token, packed_logprobs, text_sums
+from synthlab.training.sft import Batch, Loss, Optimizer, Text, TrainingError, epoch_order, fit, is_large, lay_out, likelihood_loss, next_token, packed_logprobs, step_batch, text_sums
 
 from synthlab.training.grpo import *
 
@@ -86,6 +86,21 @@ def test_what_teaches_nothing_is_left_out():
     assert rollout_weights([2, 0, 4], "rollout", 8) == [1 / 6, 1 / 3, 1 / 12] and rollout_weights([2, 0, 4], "token", 8) == [1 / 6] * 3 and rollout_weights([2, 4], "longest", 8) == [1 / 16] * 2
 
 
+def test_a_shared_prompt_changes_no_number():
+    params = random_params(tiny, 0, scale=.2)
+    prompts, replies, old, ref, adv = drawn(5, 9)
+    prompts = [prompts[i // 3] + [1, 2] for i in range(9)]
+    for room in (0, 16, 1000):
+        units = policy_units(prompts, replies, old, ref, adv, "rollout", 16, room)
+        tight = lay_out(units, 64, 3, tight=True)
+        parts = [jax.value_and_grad(lambda p: policy_loss(Algorithm(kl=.1, ratio=how))(p, part)[0])(params) for how in ("token", "sequence") for part in (jax.tree.map(lambda a: a[k], tight) for k in range(len(tight.inputs)))]
+        if not room: places = sum(len(t.inputs) for u in units for t in u)
+        total = [jax.tree.map(lambda *x: sum(x), *half) for half in (parts[:len(parts) // 2], parts[len(parts) // 2:])]
+        if not room: wanted = total
+        for x, y in zip(jax.tree.leaves(total), jax.tree.leaves(wanted)): np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    assert len(units) == 3 and sum(len(t.inputs) for u in units for t in u) < places and {len(u) for u in units} == {3, 4}, "an empty rollout is left out"
+
+
 def test_averages_and_kl_follow_the_formulas_of_trl():
     import pytest
     torch = pytest.importorskip("torch")
@@ -147,6 +162,20 @@ def test_what_goes_wrong_is_counted_or_said_and_never_learnt():
         def broken(groups, refs): raise RuntimeError("judge is away")
         with pytest.raises(TrainingError, match="step 1: the reward failed .RuntimeError: judge is away"): train_rl(lm, tasks, reward=broken, **quick)
         with pytest.raises(TrainingError, match="must be .4, 4. finite numbers"): train_rl(lm, tasks, reward=lambda groups, refs: [[math.inf] * 4] * 4, **quick)
+
+
+def test_diagnostics_by_hand():
+    from synthlab.core import Rollout
+    def group(gold, *texts): return Group(Task("q", "q?", gold), [Rollout("q", i, t, [1, 2], usage=Usage(3, 2, 1)) for i, t in enumerate(texts)])
+    def reference(answer): return Reference("q", "", answer, "synthesis", {"usage": {"prompt_tokens": 20, "completion_tokens": 5, "calls": 1}})
+    tried = [group("12", "12", "13", "13", "12"), group("3", "4", "3", "4", "I cannot say"), group("21", "20", "20", "19", "18"), group(None, "18", "18", "18", "18")]
+    rewards = np.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], float)
+    row = diagnose(tried, [reference(a) for a in ("12", "3", "21", "18")], rewards)
+    assert (row["groups"], row["judged"], row["flat"], row["unscored"], row["no_reference"], row["policy_tokens"], row["policy_read"], row["anchor_tokens"], row["anchor_read"]) == (4, 3, .5, 0, 0, 32, 48, 20, 80)
+    for name, value in {"accuracy": (2 / 4 + 1 / 4 + 0) / 3, "reference_accuracy": 1, "majority_accuracy": 1 / 3, "majority_share": (2 / 4 + 2 / 3 + 2 / 4 + 1) / 4, "disagrees": 2 / 4, "right_when_disagrees": 1,
+                        "majority_right_then": 0, "all_wrong": 1 / 3, "right_when_all_wrong": 1}.items(): assert row[name] == pytest.approx(value), name
+    murky = diagnose([group("12", "12", "12", "9^{9^{9^9}}")], [reference("12")], np.array([[1, 1, np.nan]]))
+    assert murky["judged"] == 0 and math.isnan(murky["reference_accuracy"]) and murky["unscored"] == 1, "a group with an answer that cannot be judged is in no share"
 
 
 def test_an_alarm_needs_both_signs_or_a_large_fall():

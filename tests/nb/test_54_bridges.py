@@ -9,13 +9,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 import numpy as np
-from synthlab.checks.verify import cluster, extract_answer, verify
-from synthlab.core import BadInput, Group, Message, Reference, Rollout, Task, Usage, as_messages, content_id, mean_verdict, require
+from synthlab.checks.verify import extract_answer, verify
+from synthlab.core import BadInput, Group, Message, Reference, Rollout, Task, Usage, as_messages, content_id, require
 from synthlab.lm.backends import LM, ScoringLM, load_lm
 from synthlab.lm.rollouts import logprobs_all
-from synthlab.methods.cat import ESTIMATORS, Setting, check_cases, estimate, gold_verdicts, group_answers, reward
-from synthlab.scoring.groups import answer_entropy, group_stats, majority
+from synthlab.methods.cat import ESTIMATORS, Setting, estimate, group_answers, reward
 from synthlab.store import Store
+from synthlab.training.grpo import diagnose
 
 from synthlab.training.bridges import *
 
@@ -82,39 +82,36 @@ def test_the_format_and_the_gold_answer_never_change_a_reward():
         plain = f(**batch())
         assert plain == f(**chat) == f(**batch(), answer=["12"] * 4 + ["3"] * 4 + ["18"] * 4) == f(**batch(), answer=["0"] * 12, other=[1] * 12), name
     right, wrong = f.history[2:]
-    assert (right["judged"], right["majority_right"], right["all_wrong"], wrong["reference_right"], wrong["all_wrong"]) == (3, 2, 0, 0, 3)
-    assert {k: v for k, v in right.items() if k in f.history[0]} == f.history[0]
+    assert (right["judged"], right["all_wrong"], wrong["reference_accuracy"], wrong["all_wrong"]) == (3, 0, 0, 1) and right["majority_accuracy"] == pytest.approx(2 / 3)
+    assert right["reward"] == wrong["reward"] == f.history[0]["reward"] and f.history[0]["judged"] == 0
 
 
 def test_what_cannot_be_scored_is_none():
     empty = {"prompts": ["a?"] * 2 + ["b?"] * 2, "completions": ["", "", "\\boxed{3}", "no idea"]}
     for name in ("majority", "random", "min_ppl", "synthesis"):
         f = CaTReward(name, Stub(lambda r: "\\boxed{3}"), num_generations=2)
-        assert f(**empty)[:2] == [None, None] and f.history[0]["no_reference"] >= 1 and f.history[0]["unscorable"] >= 2, name
+        assert f(**empty)[:2] == [None, None] and f.history[0]["no_reference"] >= 1 and f.history[0]["unscored"] >= 2, name
     from synthlab.checks.verify import MAX_CHARACTERS
     f = CaTReward("majority", num_generations=4)
-    assert f(["a?"] * 4, ["1", "1", "2", "1" + " " * MAX_CHARACTERS]) == [1, 1, 0, None] and f.history[0]["unscorable"] == 1
+    assert f(["a?"] * 4, ["1", "1", "2", "1" + " " * MAX_CHARACTERS]) == [1, 1, 0, None] and f.history[0]["unscored"] == 1
     broken = CaTReward("synthesis", Stub(lambda r: 1 / 0), num_generations=2)
     assert broken(**empty) == [None] * 4 and broken.history[0]["no_reference"] == 2 and np.isnan(broken.history[0]["reward"])
     assert CaTReward("majority")([], []) == []
 
 
-def test_diagnostics_by_hand():
+def test_every_call_leaves_a_row_and_the_trainer_gets_it():
     gold = ["12"] * 4 + ["3"] * 4 + [None] * 4
     f, logged, extra = CaTReward("synthesis", reader, num_generations=4), {}, {}
     f(**batch(), answer=gold, completion_ids=[[1, 2]] * 12, log_metric=logged.__setitem__, log_extra=extra.__setitem__)
     row = f.history[0]
-    assert (row["groups"], row["rollouts"], row["flat"], row["unscorable"], row["policy_tokens"]) == (3, 12, 1, 0, 24) and row["anchor_tokens"] > 0
-    assert row["majority_ratio"] == pytest.approx((2 / 4 + 2 / 3 + 1) / 3) and row["compared"] == 3 and row["disagree"] == 1  # 4, 3, 4: the vote says 4
-    assert (row["judged"], row["reference_right"], row["majority_right"], row["all_wrong"]) == (2, 2, 1, 0) and row["rollouts_right"] == pytest.approx((2 / 4 + 1 / 4) / 2)
-    assert logged["cat_synthesis/disagree"] == 1 and extra["cat_synthesis/reference"] == ["12"] * 4 + ["3"] * 4 + ["18"] * 4
-    from synthlab.checks.verify import MAX_CHARACTERS
-    murky = CaTReward("majority", num_generations=3)
-    murky(["q?"] * 3, ["12", "12", "1" + " " * MAX_CHARACTERS], answer=["12"] * 3)
-    assert (murky.history[0]["judged"], murky.history[0]["majority_right"]) == (0, 0), "a group with a rollout that cannot be judged is in no count"
+    assert (row["groups"], row["judged"], row["unscored"], row["policy_tokens"], row["reference_accuracy"], row["majority_accuracy"]) == (3, 2, 0, 24, 1, .5) and row["anchor_read"] > 0
+    assert logged["cat_synthesis/disagrees"] == pytest.approx(1 / 3) and extra["cat_synthesis/reference"] == ["12"] * 4 + ["3"] * 4 + ["18"] * 4
     hopeless = CaTReward("synthesis", reader, num_generations=3)
     hopeless(["q?"] * 3, ["7 + 5 + 8 = 20", "7 + 4 + 9 = 20", "6 + 5 + 9 = 20"], answer=[21] * 3)
-    assert (hopeless.history[0]["all_wrong"], hopeless.history[0]["right_when_all_wrong"], hopeless.history[0]["majority_right"]) == (1, 1, 0)
+    assert (hopeless.history[0]["all_wrong"], hopeless.history[0]["right_when_all_wrong"], hopeless.history[0]["majority_accuracy"]) == (1, 1, 0), "gold answers may be numbers"
+    scored = CaTReward("min_ppl", reader, num_generations=4)
+    scored(**batch())
+    assert scored.history[0]["anchor_read"] == sum(map(len, reader.logprobs([([{"role": "user", "content": p}], t) for p, t in zip(*batch().values())]))) > 0
 
 
 def test_threads_and_one_event_loop_agree_with_serial_calls():
@@ -159,7 +156,7 @@ def test_a_trainer_run_logs_this_reward_and_its_advantages():
         rewards = np.array(f(list(kept["prompt"]), list(kept["completion"])), dtype=float)  # the trainer keeps what it passed on
         assert np.array_equal(rewards, np.array(kept["rewards"]["cat_majority"], dtype=float), equal_nan=True)
         assert np.allclose(kept["advantages"], group_advantages(rewards.reshape(2, G), "trl").ravel(), atol=1e-5)
-        assert log["cat_majority/groups"] == 2 and log["cat_majority/unscorable"] == np.isnan(rewards).sum() and len(f.history) == 2
+        assert log["cat_majority/groups"] == 2 and log["cat_majority/unscored"] == np.isnan(rewards).sum() and len(f.history) == 2
         if f is numbers: assert 0 < np.nanmean(rewards) < 1 and np.isclose(log["rewards/cat_majority/mean"], np.nanmean(rewards), atol=1e-6)
     assert np.isnan(rewards).all() and not any(trainer._logs["advantages"]), "blanks and exclamation marks hold no answer"
 
