@@ -69,20 +69,6 @@ def test_packing_keeps_every_text_whole_and_once():
     assert [both.owner[0, r].max() for r in range(2)] == [1, 1], "the two sides stay together"
 
 
-def test_tight_batches_and_texts_that_continue_another_change_no_number():
-    from dataclasses import replace
-    params, rng = random_params(tiny, 0, scale=.2), np.random.default_rng(0)
-    head, tails = rng.integers(0, 40, 12), [rng.integers(0, 40, n) for n in (5, 1, 9)]
-    w = lambda n, given: np.where(np.arange(n) < given, 0., .1)
-    plain = lay_out([[next_token([*head, *t], w(12 + len(t), 12))] for t in tails], 64)
-    shared = lay_out([[next_token(head, w(12, 12)), *(replace(next_token([head[-1], *t], w(1 + len(t), 1)), after=True) for t in tails)], [next_token(head, w(12, 12))]], 64, 8, tight=True)
-    assert plain.inputs.shape == (1, 1, 64) and shared.inputs.shape == (1, 1, 64) and shared.asked.shape == (1, 64) and (shared.asked < 64).sum() == 15 and (shared.owner >= 0).sum() == 11 + 15 + 11
-    value = lambda b: jax.value_and_grad(lambda p: likelihood_loss(p, jax.tree.map(lambda a: a[0], b))[0])(params)
-    for x, y in zip(jax.tree.leaves(value(plain)), jax.tree.leaves(value(shared))): np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
-    sizes = [lay_out([[next_token(np.arange(60) % 40)]] * n, 64, 8, tight=True).inputs.shape[:2] for n in (1, 3, 5, 8, 9, 17, 40)]
-    assert sizes == [(1, 1), (1, 3), (1, 6), (1, 8), (2, 6), (3, 6), (6, 8)], sizes
-
-
 def test_every_text_is_computed_as_if_alone():
     from dataclasses import replace as change
     from synthlab.lm.jaxlm import log_probs
@@ -107,6 +93,20 @@ def test_who_may_look_ahead():
     prefix = next_token(ids, prefix=6)
     assert moved(prefix, 4) == list(range(11)) and moved(prefix, 7) == list(range(7, 11)) and prefix.weights.tolist() == [0] * 5 + [1] * 6
     assert moved(masked(ids, ids, ids % 5 == 0), 7) == list(range(12))
+
+
+def test_tight_batches_and_texts_that_continue_another_change_no_number():
+    from dataclasses import replace
+    params, rng = random_params(tiny, 0, scale=.2), np.random.default_rng(0)
+    head, tails = rng.integers(0, 40, 12), [rng.integers(0, 40, n) for n in (5, 1, 9)]
+    w = lambda n, given: np.where(np.arange(n) < given, 0., .1)
+    plain = lay_out([[next_token([*head, *t], w(12 + len(t), 12))] for t in tails], 64)
+    shared = lay_out([[next_token(head, w(12, 12)), *(replace(next_token([head[-1], *t], w(1 + len(t), 1)), after=True) for t in tails)], [next_token(head, w(12, 12))]], 64, 8, tight=True)
+    assert plain.inputs.shape == (1, 1, 64) and shared.inputs.shape == (1, 1, 64) and shared.asked.shape == (1, 64) and (shared.asked < 64).sum() == 15 and (shared.owner >= 0).sum() == 11 + 15 + 11
+    value = lambda b: jax.value_and_grad(lambda p: likelihood_loss(p, jax.tree.map(lambda a: a[0], b))[0])(params)
+    for x, y in zip(jax.tree.leaves(value(plain)), jax.tree.leaves(value(shared))): np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    sizes = [lay_out([[next_token(np.arange(60) % 40)]] * n, 64, 8, tight=True).inputs.shape[:2] for n in (1, 3, 5, 8, 9, 17, 40)]
+    assert sizes == [(1, 1), (1, 3), (1, 6), (1, 8), (2, 6), (3, 6), (6, 8)], sizes
 
 
 def test_losses_agree_with_torch():
