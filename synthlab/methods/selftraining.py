@@ -393,9 +393,10 @@ def _propose(loop: _Loop, lm: Any, number: int, tasks: Sequence[Task]) -> tuple[
     groups = draw(tasks, "propose")
     rows, used = loop.variant.check(lm, groups)
     used = sum((r.usage for g in groups for r in g.rollouts), used)
-    again = [i for i, row in enumerate(rows) if loop.variant.hint and tasks[i].answer is not None and not any(c.score == 1 for c in row)]
-    if again:
-        more = draw([replace(tasks[i], prompt=loop.variant.hint(tasks[i])) for i in again], "hint")
+    hint = loop.variant.hint
+    again = [i for i, row in enumerate(rows) if tasks[i].answer is not None and not any(c.score == 1 for c in row)]
+    if hint and again:
+        more = draw([replace(tasks[i], prompt=hint(tasks[i])) for i in again], "hint")
         found, spent = loop.variant.check(lm, more)
         for i, row in zip(again, found): rows[i] = [*rows[i], *(replace(c, task=tasks[i], origin="hinted") for c in row)]
         used = sum((r.usage for g in more for r in g.rollouts), used + spent)
