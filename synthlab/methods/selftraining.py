@@ -22,7 +22,7 @@ from ..checks.verify import cluster, extract_answer, shared_pool
 from ..core import Accounting, BadInput, Example, Group, Message, Reference, Rollout, Task, Usage, Verdict, canonical_json, content_id, derive_seed
 from ..lm.backends import LM, Request, Sampling, model_id
 from ..lm.rollouts import complete_all, sample
-from ..scoring.groups import majority
+from ..scoring.groups import Vote, majority
 from ..store import Store
 
 # %% ../../nbs/43_selftraining.ipynb #9f8991d5
@@ -54,12 +54,12 @@ def gold(groups: Sequence[Group]) -> list[Reference]:
 def voted(groups: Sequence[Group]) -> list[Reference]:
     "The most frequent answer of each group, and the first rollout that gave it."
     def elect(g: Group) -> Reference:
-        vote = majority(cluster(_texts(g), g.task.kind), missing=-1)
+        vote = _vote(g)
         text = "" if vote.index is None else g.rollouts[vote.index].text
         return Reference(g.task.id, text, extract_answer(text, g.task.kind), "majority", {"votes": vote.votes, "voters": vote.voters})
     return [elect(g) for g in groups]
 
-def _texts(g: Group) -> list[str | None]: return [None if r.finish_reason == "error" else r.text for r in g.rollouts]
+def _vote(g: Group) -> Vote: return majority(cluster([None if r.finish_reason == "error" else r.text for r in g.rollouts], g.task.kind), missing=-1)
 
 # %% ../../nbs/43_selftraining.ipynb #4b80a220
 Check = Callable[[LM, Sequence[Group]], tuple[list[list[Candidate]], Usage]]  # the model that wrote the rollouts, groups -> candidates of each task, tokens spent
@@ -78,29 +78,26 @@ def verdicts(
 def agree(label: Labeller = gold) -> Check:
     "Score rollouts by whether they agree with the label of their task."
     def check(lm: LM, groups: Sequence[Group]):
-        refs = _aligned(label, groups)
+        refs, used = _labels(label, groups)
         found = iter(verdicts([(g.task, r.text, ref.answer) for g, ref in zip(groups, refs) for r in g.rollouts]))
-        return [[_judged(_of(g.task, r), next(found)) for r in g.rollouts] for g in groups], _spent(refs)
+        return [[_judged(_of(g.task, r), next(found)) for r in g.rollouts] for g in groups], used
     return check
 
-def _judged(c: Candidate, v: Verdict) -> Candidate:
-    if c.status != "ok": return c
-    return c.out(v.cause, "unknown") if v.value is None else replace(c, score=float(v.value))
+def _judged(c: Candidate, v: Verdict) -> Candidate: return c if c.status != "ok" else c.out(v.cause, "unknown") if v.value is None else replace(c, score=float(v.value))
 
-def _aligned(label: Labeller, groups: Sequence[Group]) -> Sequence[Reference]:
+def _labels(label: Labeller, groups: Sequence[Group]) -> tuple[Sequence[Reference], Usage]:
+    "References, and what they cost."
     refs = label(groups)
     if [r.task_id for r in refs] != [g.task.id for g in groups]: raise BadInput("the labeller must return one reference a group, in the order of the groups")
-    return refs
-
-def _spent(refs: Sequence[Reference]) -> Usage: return sum((Usage(**r.evidence["usage"]) for r in refs if "usage" in r.evidence), Usage())
+    return refs, sum((Usage(**r.evidence["usage"]) for r in refs if "usage" in r.evidence), Usage())
 
 # %% ../../nbs/43_selftraining.ipynb #6dd0712b
 def imitate(label: Labeller) -> Check:
     "Take the references themselves, as supervised learning from Compute as Teacher does (arXiv 2509.14234)."
     def check(lm: LM, groups: Sequence[Group]):
-        refs = _aligned(label, groups)
+        refs, used = _labels(label, groups)
         make = lambda g, ref: Candidate(g.task, ref.text, "reference", 1.) if ref.answer is not None else Candidate(g.task, ref.text, "reference").out("no reference", "unknown")
-        return [[make(g, ref)] for g, ref in zip(groups, refs)], _spent(refs)
+        return [[make(g, ref)] for g, ref in zip(groups, refs)], used
     return check
 
 
@@ -119,11 +116,9 @@ def unchecked(lm: LM, groups: Sequence[Group]) -> tuple[list[list[Candidate]], U
     return [[_of(g.task, r) for r in g.rollouts] for g in groups], Usage()
 
 # %% ../../nbs/43_selftraining.ipynb #b9851ece
-POINTS_PROMPT = """Someone was asked:
-{question}
+POINTS_PROMPT = """Someone was asked: {question}
 
-They answered:
-{answer}
+They answered: {answer}
 
 Give one point for each statement that is true of the answer.
 1. It is about what was asked.
@@ -170,18 +165,16 @@ def cap(n: int) -> Filter:
     return keep
 
 
-def best(n: int = 1) -> Filter:
-    "Keep the `n` candidates with the highest score, the earlier ones on a tie (RAFT, arXiv 2304.06767, algorithm 1)."
-    def keep(cs, rng):
-        top = set(sorted(range(len(cs)), key=lambda i: (-cs[i].score, i))[:n])
-        return [c if i in top else c.out("not the best") for i, c in enumerate(cs)]
-    return keep
+def best(cs: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
+    "Keep the candidate with the highest score, the first of several (RAFT, arXiv 2304.06767, algorithm 1)."
+    top = max(range(len(cs)), key=lambda i: (cs[i].score, -i))
+    return [c if i == top else c.out("not the best") for i, c in enumerate(cs)]
 
 
 def extremes(cs: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
     "Keep the best and the worst candidate of a task, to make a pair of (Self-Rewarding Language Models, section 2.3)."
     order = sorted(range(len(cs)), key=lambda i: (-cs[i].score, i))
-    return [c if i in {order[0], order[-1]} else c.out("neither best nor worst") for i, c in enumerate(cs)]
+    return [c if i in (order[0], order[-1]) else c.out("neither best nor worst") for i, c in enumerate(cs)]
 
 
 def comparable(cs: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
@@ -246,9 +239,7 @@ def select(
     return out
 
 # %% ../../nbs/43_selftraining.ipynb #3af80b74
-HINT_PROMPT = """{question}
-
-(The result is {answer}. Write down the steps that lead to it as if you had to find it yourself.)"""
+HINT_PROMPT = "{question}\n\n(The result is {answer}. Write down the steps that lead to it as if you had to find it yourself.)"
 
 def hinted(task: Task) -> list[Message]:
     "The question with its answer as a hint, in words of our own."
@@ -271,7 +262,7 @@ VARIANTS = {v.name: v for v in (
     Variant("star", filters=(right, cap(1)), hint=hinted),
     Variant("rft", filters=(right, sound(), one_per_path())),
     Variant("rest_em", filters=(right, cap(10))),
-    Variant("raft", filters=(best(1),), restart=False),
+    Variant("raft", filters=(best,), restart=False),
     Variant("ttrl", agree(voted)),
     Variant("self_rewarding", self_points(), (extremes,), pairs=True, restart=False),
     Variant("unfiltered", unchecked, ()))}
@@ -285,12 +276,12 @@ def to_examples(
 ) -> list[Example]:
     "Make training examples of what was kept; for pairs, one of the best candidate with each other one."
     kept = [c for c in candidates if c.status == "ok"]
-    if variant.pairs and kept: top = max(kept, key=lambda c: c.score); sides = [(top, c.text) for c in kept if c is not top]
-    else: sides = [(c, None) for c in kept]
-    def make(c: Candidate, rejected: str | None) -> Example:
+    top = max(kept, key=lambda c: c.score, default=None)
+    sides = [(top, {"rejected": c.text}) for c in kept if c is not top] if variant.pairs and top else [(c, {}) for c in kept]
+    def make(c: Candidate, rejected: dict[str, str]) -> Example:
         messages = [*c.task.messages, {"role": "assistant", "content": c.text}]
-        lineage = {"task_id": c.task.id, "round": number, "origin": c.origin, "score": None if math.isnan(c.score) else c.score, "model": model}
-        return Example(content_id(messages, rejected, variant.name, number), messages, f"selftraining/{variant.name}", lineage | ({} if rejected is None else {"rejected": rejected}))
+        lineage = {"task_id": c.task.id, "round": number, "origin": c.origin, "score": None if math.isnan(c.score) else c.score, "model": model, **rejected}
+        return Example(content_id(messages, lineage), messages, f"selftraining/{variant.name}", lineage)
     return [make(*s) for s in sides]
 
 
@@ -308,11 +299,9 @@ def diagnose(
     mean = lambda values: float(np.mean(known)) if (known := [float(v) for v in values if v is not None and not math.isnan(v)]) else math.nan
     tasks, by = {g.task.id: g.task for g in groups}, {}
     for e in examples: by.setdefault(e.lineage["task_id"], []).append(e.messages[-1]["content"])
-    votes = [majority(cluster(_texts(g), g.task.kind), missing=-1) for g in groups]
-    labels = [[t for t in _texts(g) if t is not None] for g in groups]
-    judged = lambda pairs: mean(v.value for v in verdicts([(t, text, t.answer) for t, text in pairs]))
-    return {"accuracy": judged([(g.task, t) for g, texts in zip(groups, labels) for t in texts]), "selected_accuracy": judged([(tasks[i], t) for i, texts in by.items() for t in texts]),
-            "majority_share": mean(v.share for v in votes), "distinct_texts": mean(len(set(t)) / len(t) for t in labels if t),
+    said = {g.task.id: [r.text for r in g.ok] for g in groups}
+    judged = lambda found: mean(v.value for v in verdicts([(tasks[i], t, tasks[i].answer) for i, texts in found.items() for t in texts]))
+    return {"accuracy": judged(said), "selected_accuracy": judged(by), "majority_share": mean(_vote(g).share for g in groups), "distinct_texts": mean(len(set(t)) / len(t) for t in said.values() if t),
             "paths": mean(len({equation_list(t) or t for t in texts}) for texts in by.values()), "covered": len(by), "new": len(set(by) - solved)}
 
 # %% ../../nbs/43_selftraining.ipynb #c5e3afb7
@@ -358,18 +347,8 @@ class SelfTrained:
 @dataclass
 class _Loop:
     "The state of a loop: what its finished rounds reported and selected."
-    base: Any
-    tasks: Sequence[Task]
-    variant: Variant
-    train: Train
-    evaluate: Evaluate
-    n: int
-    batch: int
-    tokens: int | None
-    seed: int
-    folder: Path | None
-    sampling: Mapping[str, Any]
-    bar: tqdm
+    base: Any; tasks: Sequence[Task]; variant: Variant; train: Train; evaluate: Evaluate
+    n: int; batch: int; tokens: int | None; seed: int; folder: Path | None; sampling: Mapping[str, Any]; bar: tqdm
     rows: list[dict] = field(default_factory=list)
     counts: list[dict] = field(default_factory=list)
     examples: list[list[Example]] = field(default_factory=lambda: [[]])
@@ -382,7 +361,7 @@ class _Loop:
         if number == 0: return self.base
         if number not in self.models:
             examples, start = self.examples[number], self.base if self.variant.restart else self.model(number - 1)
-            home = None if self.folder is None else self.folder / f"round-{number}"
+            home = None if self.folder is None else self.folder / f"round-{number}-{content_id([e.id for e in examples], length=8)}"
             self.models[number] = self.train(start, examples, home) if examples else self.model(number - 1)
         return self.models[number]
 
@@ -426,15 +405,12 @@ def _round(loop: _Loop, number: int) -> None:
 
 # %% ../../nbs/43_selftraining.ipynb #2cad191c
 def _report(loop: _Loop, row: dict, account: Accounting) -> None:
-    "Write a finished round down: the examples first, then the row that says it is finished."
+    "Write a finished round down, as one row of the journal."
     if missing := {"validation", "validation_n"} - set(row): raise BadInput(f"evaluate must return {', '.join(sorted(missing))}, among others")
     loop.rows.append(row); loop.counts.append(account.counts)
-    number = row["round"]
-    if loop.store:
-        loop.store.put("example", {f"{number:04d}-{i:07d}": e for i, e in enumerate(loop.examples[number])})
-        loop.store.put("round", {f"{number:04d}": {"row": {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}, "counts": account.counts}})
-    keep = {number, best_round(loop.rows)}
-    loop.models = {k: m for k, m in loop.models.items() if k in keep}
+    plain = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}  # JSON has no NaN
+    if loop.store: loop.store.put("round", {f"{row['round']:04d}": {"row": plain, "counts": account.counts, "examples": loop.examples[-1]}})
+    loop.models = {k: m for k, m in loop.models.items() if k in (row["round"], best_round(loop.rows))}
     loop.bar.set_postfix({k: f"{row[k]:.3g}" for k in ("validation", "yield") if k in row})
 
 
@@ -447,9 +423,7 @@ def _resume(loop: _Loop, settings: dict) -> None:
     loop.store.put("run", {"settings": settings})
     done = list(loop.store.rows("round").values())
     loop.rows, loop.counts = [{k: math.nan if v is None else v for k, v in r["row"].items()} for r in done], [r["counts"] for r in done]
-    loop.examples = [[] for _ in done] or [[]]
-    for key, e in loop.store.rows("example").items():
-        if (number := int(key[:4])) < len(done): loop.examples[number].append(e)
+    loop.examples = [r["examples"] for r in done] or [[]]
 
 # %% ../../nbs/43_selftraining.ipynb #3b692a22
 def self_train(
@@ -481,8 +455,4 @@ def self_train(
         if not loop.rows: _report(loop, {"round": 0, "candidates": 0, "examples": 0, "tokens": 0, **evaluate(lm)}, Accounting())
         while not (ended := until.why(loop.rows)): _round(loop, len(loop.rows))
     top = best_round(loop.rows)
-    return SelfTrained(loop.model(top), top, ended, pd.DataFrame(loop.rows, columns=_columns(loop.rows)), [Accounting(c) for c in loop.counts[1:]], loop.examples[top])
-
-def _columns(rows: Sequence[dict]) -> list[str]:
-    "The number of the round first, then what `evaluate` and the round say, in the order of the alphabet."
-    return ["round", *sorted({k for r in rows for k in r} - {"round"})]
+    return SelfTrained(loop.model(top), top, ended, pd.DataFrame(loop.rows, columns=["round", *sorted({k for r in loop.rows for k in r} - {"round"})]), [Accounting(c) for c in loop.counts[1:]], loop.examples[top])

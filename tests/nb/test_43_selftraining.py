@@ -13,7 +13,7 @@ from synthlab.checks.verify import cluster, extract_answer, shared_pool
 from synthlab.core import Accounting, BadInput, Example, Group, Message, Reference, Rollout, Task, Usage, Verdict, canonical_json, content_id, derive_seed
 from synthlab.lm.backends import LM, Request, Sampling, model_id
 from synthlab.lm.rollouts import complete_all, sample
-from synthlab.scoring.groups import majority
+from synthlab.scoring.groups import Vote, majority
 from synthlab.store import Store
 
 from synthlab.methods.selftraining import *
@@ -86,12 +86,12 @@ def test_rft_keeps_sound_paths_once_and_the_furthest_text():
 def test_filters_keep_what_they_say_and_lose_nothing():
     import pytest
     row = row_of("abcdef", [3, 5, 1, 5, 1, 2])
-    assert stays(row, (best(2),)) == [1, 3] and stays(row, (extremes,)) == [1, 4] and stays(row, (comparable,)) == [0, 1, 2, 4, 5]
+    assert stays(row, (best,)) == [1] and stays(row, (extremes,)) == [1, 4] and stays(row, (comparable,)) == [0, 1, 2, 4, 5]
     assert len(stays(row, (cap(4),))) == 4 and stays(row, (cap(4),), 1) != stays(row, (cap(4),), 2) and stays(row, (cap(9),)) == list(range(6))
     assert stays(row_of("ab", [2, 2]), (extremes, comparable)) == [] and stays(row_of("a", [2]), (comparable,)) == [], "nothing to compare"
-    assert select([], (right, cap(1), best(), extremes, comparable, one_per_path(), sound())) == []
+    assert select([], (right, cap(1), best, extremes, comparable, one_per_path(), sound())) == []
     gone = [c.out("call failed", "failed") for c in row]
-    assert select(gone, (right, best())) == gone, "what is out stays as it was"
+    assert select(gone, (right, best)) == gone, "what is out stays as it was"
     with pytest.raises(BadInput, match="given 6 candidates and returned 1"): select(row, (lambda cs, rng: cs[:1],))
 
 
@@ -196,6 +196,8 @@ def test_interrupted_anywhere_it_ends_as_if_it_had_not_been():
 def test_batches_change_nothing_and_seeds_do():
     ends = [plain(self_train(Pupil(), sums, "star", **loop | {"batch": b})) for b in (1, 5, 64)]
     assert ends[0] == ends[1] == ends[2] != plain(self_train(Pupil(), sums, "star", **loop | {"seed": 1}))
+    still = self_train(Pupil(), sums, "unfiltered", **loop | {"train": lambda *_: Pupil(), "until": Stop(3, patience=9)}).history
+    assert still.accuracy.iloc[1:].nunique() > 1, "every round draws anew"
 
 
 def test_a_budget_is_exceeded_by_less_than_a_batch():
