@@ -193,6 +193,21 @@ def test_interrupted_anywhere_it_ends_as_if_it_had_not_been():
                 assert plain(self_train(Fragile(), sums, v, folder=folder, **safe)) == whole and bell.calls - calls <= 4, "a finished loop samples nothing again"
 
 
+def test_a_round_that_is_tried_again_leaves_nothing_of_the_first_try():
+    import pytest
+    class Moody(Pupil):
+        "Half of its calls fail on the first day."
+        day = 1
+        def complete(self, requests, concurrency=None):
+            for i, c in super().complete(requests): yield i, Completion("", finish_reason="error", error="away") if self.day == 1 and i % 2 else c
+    def stopped(*args): raise KeyboardInterrupt
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(KeyboardInterrupt): self_train(Moody(), sums, folder=folder, **loop | {"train": stopped})
+        Moody.day = 2
+        second, third = (self_train(Moody(), sums, folder=folder, **loop) for _ in range(2))
+        assert plain(second) == plain(third) and second.accounting[0]["failed"] < 10 and len(second.examples) == second.history.examples[second.best]
+
+
 def test_batches_change_nothing_and_seeds_do():
     ends = [plain(self_train(Pupil(), sums, "star", **loop | {"batch": b})) for b in (1, 5, 64)]
     assert ends[0] == ends[1] == ends[2] != plain(self_train(Pupil(), sums, "star", **loop | {"seed": 1}))
