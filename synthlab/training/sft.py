@@ -117,13 +117,13 @@ def lay_out(
                 number += 1
     return replace(b, asked=_asked(b.weights)) if tight else b
 
+# %% ../../nbs/50_sft.ipynb #b1b07602
 def _bucket(n: int) -> int: return 2 ** math.ceil(math.log2(max(1, n)))
 
 def _near(n: int) -> int:
     "The next number of the form 2^i or 3 2^i: few shapes, and at most a third of one is empty."
     return min(_bucket(n), 3 * _bucket(-(-n // 3)))
 
-# %% ../../nbs/50_sft.ipynb #b1b07602
 def _parts(needed: int, rows: int | None, tight: bool) -> tuple[int, int]:
     "How many parts of how many rows hold the rows that are needed."
     if not tight: return _bucket(-(-needed // (rows or _bucket(needed)))), rows or _bucket(needed)
@@ -181,7 +181,7 @@ def _kept_bytes(c: Config, rows: int, length: int) -> int:
     "What the backward pass would keep of all layers."
     return 4 * c.num_layers * rows * length * (8 * c.hidden_size + 4 * c.ffn_size + 2 * c.num_heads * length)
 
-
+# %% ../../nbs/50_sft.ipynb #2494c24a
 def packed_logprobs(
     params: Params,
     batch: Batch,  # (R, T)
@@ -567,6 +567,7 @@ def _train(
     if folder is not None: save_jax_model(found.params, Path(folder) / "model", like=lm.folder)
     return Trained(new, found.history, acc)
 
+# %% ../../nbs/50_sft.ipynb #c028f999
 def step_batch(
     params: Params,
     units: Units,
