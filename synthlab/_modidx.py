@@ -1182,6 +1182,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'synthlab/methods/selfsupervision.py'),
                                                   'synthlab.methods.selfsupervision.Ragged.__len__': ( 'selfsupervision.html#ragged.__len__',
                                                                                                        'synthlab/methods/selfsupervision.py'),
+                                                  'synthlab.methods.selfsupervision.Ragged.from_dataset': ( 'selfsupervision.html#ragged.from_dataset',
+                                                                                                            'synthlab/methods/selfsupervision.py'),
                                                   'synthlab.methods.selfsupervision.Ragged.of': ( 'selfsupervision.html#ragged.of',
                                                                                                   'synthlab/methods/selfsupervision.py'),
                                                   'synthlab.methods.selfsupervision.Ragged.positions': ( 'selfsupervision.html#ragged.positions',

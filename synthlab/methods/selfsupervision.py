@@ -59,6 +59,13 @@ class Ragged:
             if a.ndim != 1 or (a.size and a.dtype.kind not in "iu"): raise BadInput(f"text {i}: tokens are a list of integers, got {a.dtype} of shape {a.shape}")
         return cls(np.concatenate(full).astype(np.int32) if full else np.zeros(0, np.int32), np.array([len(a) for a in arrays], int))
 
+    @classmethod
+    def from_dataset(cls, ds: Any, column: str = "input_ids") -> "Ragged":
+        "The token lists of a `datasets.Dataset`, without a Python object a token."
+        found = ds.with_format("arrow")[:][column].combine_chunks()
+        offsets = found.offsets.to_numpy()
+        return cls(found.values.to_numpy(zero_copy_only=False)[offsets[0]:offsets[-1]].astype(np.int32), np.diff(offsets).astype(int))
+
     @property
     def starts(self) -> np.ndarray: return np.cumsum(self.lengths) - self.lengths
     def spread(self, x: np.ndarray) -> np.ndarray: return np.repeat(x, self.lengths)  # (n,) -> (N,)
@@ -464,11 +471,11 @@ def pack(
     size, row = size[order], np.repeat(np.arange(len(rows)), fill)
     before = np.cumsum(size) - size
     to = row * length + before - np.repeat(before[np.cumsum(fill) - fill], fill)
-    place, out = _ranges(to, size), [np.full(len(rows) * length, x, np.int32) for x in (pad_id, -1, 0, -1)]
-    out[0][place] = texts.values[_ranges(start[order], size)]
+    within, out = _ranges(np.zeros(len(size), int), size), [np.full(len(rows) * length, x, np.int32) for x in (pad_id, -1, 0, -1)]
+    place = within + np.repeat(to, size)
+    out[0][place] = texts.values[within + np.repeat(start[order], size)]
     out[1][place] = np.repeat(_ranges(np.zeros(len(rows), int), fill), size)
-    out[2][place] = _ranges(np.zeros(len(size), int), size)
-    out[3][place] = np.repeat(source[order], size)
+    out[2][place], out[3][place] = within, np.repeat(source[order], size)
     return Packed(*(a.reshape(len(rows), length) for a in out))
 
 # %% ../../nbs/40_selfsupervision.ipynb #eed901cc

@@ -139,7 +139,7 @@ def test_what_cannot_be_masked_is_said():
     with pytest.raises(BadInput, match="5 spans and there are 3 sentinels"): spans(np.arange(90))
     with pytest.raises(BadInput, match="token 98 of a text is one of the sentinels 97 to 99"): spans([1, 98, 2, 3])
     with pytest.raises(BadInput, match="the mask has shape"): spans([1, 2, 3], mask=[1, 0])
-    with pytest.raises(BadInput, match="nothing of sentinel 99"): restore_spans([1, 99], [98, 2], sentinel=99)
+    with pytest.raises(BadInput, match="nothing of sentinel 999"): restore_spans([1, 999], [998, 2], sentinel=999)
 
 
 def test_noise_does_what_it_says():
