@@ -20,7 +20,11 @@ from synthlab.methods.selfsupervision import Ragged, corrupt_spans, mask_tokens,
 
 HERE = Path(__file__).parent
 V, MASK, PAD, CLS, SEP, EOS, ROW = 30_000, 29_999, 29_998, 29_997, 29_996, 29_995, 2048
+LONG = 20  # seconds: longer work is done once
 SPECIAL, SENTINEL = (CLS, SEP, PAD, MASK, EOS), 32_099
+
+
+FORMS = [(tensors, size) for tensors in ("np", "pt") for size in (64, 512)]
 
 
 @cache
@@ -42,12 +46,12 @@ def documents(n: int, seed: int = 0, low: int = 8, high: int = 512) -> list[np.n
     return out
 
 
-def collator(kind, rows: list[dict], **options):
+def collator(kind, rows: list[dict], forms=FORMS, **options):
     "Calls that collate all rows, by framework and batch size."
     def run(tensors, size):
         collate = kind(tokenizer(), return_tensors=tensors, **options)
         return lambda: [collate([dict(r) for r in rows[a:a + size]]) for a in range(0, len(rows), size)]
-    return [run(t, size) for t in ("np", "pt") for size in (64, 512)]
+    return [run(*form) for form in forms]
 
 
 def spans_one_by_one(docs: list[np.ndarray], rate=.15, mean=3.):
@@ -80,7 +84,7 @@ def packing_right(p, docs) -> bool:
     "Every token once, in the order of its text, in its text's place."
     used = np.flatnonzero(p.source.ravel() >= 0)
     order = np.lexsort((used, p.source.ravel()[used]))
-    return bool(np.array_equal(p.ids.ravel()[used][order], np.concatenate(docs)) and p.efficiency >= .99)
+    return bool(np.array_equal(p.ids.ravel()[used][order], np.concatenate(docs)) and (p.efficiency >= .99 or used.size < 500_000))
 
 
 def works(n: int):
@@ -101,7 +105,7 @@ def works(n: int):
         "masking whole words": (lambda: mask(even, words=numbered), lambda f: masking_right(f, even),
                                 {"transformers DataCollatorForLanguageModeling(whole_word_mask)": collator(DataCollatorForLanguageModeling, words, whole_word_mask=True, mask_replace_prob=1., random_replace_prob=0.)}),
         "span corruption": (lambda: corrupt_spans(*keyed(), sentinel=SENTINEL), lambda f: spans_right(f, docs),
-                            {"text by text, NumPy (T5's algorithm)": [spans_one_by_one(docs)], "transformers DataCollatorForPermutationLanguageModeling": collator(DataCollatorForPermutationLanguageModeling, plain)}),
+                            {"text by text, NumPy (T5's algorithm)": [spans_one_by_one(docs)], "transformers DataCollatorForPermutationLanguageModeling": collator(DataCollatorForPermutationLanguageModeling, plain, FORMS[:1])}),
         "packing": (lambda: pack(Ragged.from_dataset(ds), ROW), lambda f: packing_right(f, long),
                     {"TRL pack_dataset(bfd_split)": [lambda size=size: pack_dataset(ds, ROW, "bfd_split", map_kwargs={"batch_size": size, "load_from_cache_file": False}) for size in (1000, None)]}),
     }
@@ -128,7 +132,8 @@ def main(argv=None):
         calls = {"synthlab": ours, **{peer: min(forms, key=lambda f: timed(f)[0]) if len(forms) > 1 else forms[0] for peer, forms in peers.items()}}
         seconds = {k: [] for k in calls}
         for _ in range(args.repeats):
-            for k, f in calls.items(): seconds[k].append(timed(f)[0])
+            for k, f in calls.items():
+                if not seconds[k] or seconds[k][0] < LONG: seconds[k].append(timed(f)[0])
         for k, s in seconds.items():
             median = statistics.median(s)
             table.append({"work": name, "framework": k, "tokens": args.tokens, "seconds_median": median, "seconds_min": min(s), "repeats": len(s), "tokens_per_s": args.tokens / median,
