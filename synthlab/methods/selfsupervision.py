@@ -175,6 +175,7 @@ class _Masking:
         chosen = (random_bits(key, unit) < _share(self.rate)) & self.free(ids)
         return Pair(jnp.where(chosen, self.becomes(ids, key, position, position), ids), jnp.where(chosen, ids, -100))
 
+# %% ../../nbs/40_selfsupervision.ipynb #a2b8a582
 def _previous(flags: np.ndarray, texts: Ragged) -> np.ndarray:
     "Flags of the token before, none before the first of a text."
     out = np.zeros(len(flags), bool)
@@ -265,7 +266,7 @@ def corrupt_spans(
     if final: targets = Ragged(np.insert(said, np.cumsum(targets.lengths), sentinel - spans), targets.lengths + 1)
     return _like(ids, inputs, targets)
 
-
+# %% ../../nbs/40_selfsupervision.ipynb #3a7ca576
 def restore_spans(
     inputs: Sequence[int] | np.ndarray,  # of one text
     targets: Sequence[int] | np.ndarray,
@@ -388,12 +389,13 @@ def fill_in_middle(
     gather = lambda parts: Ragged(v[_ranges(parts[..., 0].ravel(), parts[..., 1].ravel())], parts[..., 1].sum(1))
     return _like(ids, gather(asked), gather(said))
 
+# %% ../../nbs/40_selfsupervision.ipynb #4208de1c
 def cut_places(lengths: np.ndarray, keys: np.ndarray) -> np.ndarray:  # (n, 2), sorted
     "Two places of each text, from 0 to its length."
     both = [random_bits(keys, np.full(len(keys), i, np.uint32), 10).astype(np.int64) % (lengths + 1) for i in (0, 1)]
     return np.sort(np.stack(both, 1), 1)
 
-
+# %% ../../nbs/40_selfsupervision.ipynb #3a8e361b
 def restore_middle(
     inputs: Sequence[int] | np.ndarray,
     targets: Sequence[int] | np.ndarray,
