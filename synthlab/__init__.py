@@ -16,6 +16,7 @@ _WHERE = {
     "synthlab.checks.verify": ("extract_answer", "verifier", "verify"),
     "synthlab.methods.cat": ("estimate", "reward", "synthesize"),
     "synthlab.methods.compare": ("compare",),
+    "synthlab.methods.selfsupervision": ("self_supervise",),
     "synthlab.training.evaluate": ("compare_models", "evaluate"),
     "synthlab.training.bridges": ("CaTReward",),
     "synthlab.training.contamination": ("claim", "contamination", "split_tasks"),
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from synthlab.lm.rollouts import sample
     from synthlab.methods.cat import estimate, reward, synthesize
     from synthlab.methods.compare import compare
+    from synthlab.methods.selfsupervision import self_supervise
     from synthlab.scale.export import to_dataset, write_dataset
     from synthlab.scoring.groups import group_advantages, kl, majority, pass_at_k
     from synthlab.scoring.logprobs import score
