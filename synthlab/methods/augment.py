@@ -14,7 +14,7 @@ __all__ = ['PROMISES', 'Asking', 'Draw', 'F', 'AUGMENTERS', 'Change', 'KEYS', 'O
            'reorder', 'concatenate', 'mix', 'meaning_cases', 'Row', 'Augmentation', 'promise_rates', 'row_counts',
            'to_training', 'augment']
 
-# %% ../../nbs/41_augment.ipynb #efa60491
+# %% ../../nbs/41_augment.ipynb #42399356
 import ast, builtins, inspect, re, threading, unicodedata
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -39,7 +39,7 @@ from ..lm.rollouts import complete_all
 from ..scoring.groups import wilson
 from ..store import Store, work_key
 
-# %% ../../nbs/41_augment.ipynb #b8732c7d
+# %% ../../nbs/41_augment.ipynb #6ad5628d
 PROMISES = ("label", "numbers", "words", "form", "length", "wording", "answer", "inverse", "solved", "tests", "meaning")
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ Asking = Generator[list[Message], str, Draft]  # yields a prompt, receives the r
 Draw = Callable[..., "Draft | Asking"]  # (task, rng, env, **options)
 F = TypeVar("F", bound=Draw)
 
-# %% ../../nbs/41_augment.ipynb #d6983959
+# %% ../../nbs/41_augment.ipynb #2e6bf3f2
 @dataclass(frozen=True)
 class Augmenter:
     "A way to make a new task of an old one, and what it promises to preserve."
@@ -83,7 +83,7 @@ def augmenter(name: str, preserves: Sequence[str], needs_lm: bool = False, reads
         return f
     return register
 
-# %% ../../nbs/41_augment.ipynb #2183fa2a
+# %% ../../nbs/41_augment.ipynb #1219c409
 def make_augmenter(
     name: str,  # a key of `AUGMENTERS`
     **options,  # of that augmenter, e.g. rate=0.2
@@ -98,7 +98,7 @@ def make_augmenter(
     spelt = ", ".join(f"{k}={getattr(v, 'name', v)}" for k, v in sorted(options.items()))
     return replace(found, name=f"{name}({spelt})", draw=lambda task, rng, env: found.draw(task, rng, env, **options))
 
-# %% ../../nbs/41_augment.ipynb #c2519aac
+# %% ../../nbs/41_augment.ipynb #59c142c6
 def task_text(task: Task) -> str:
     "The question: the last thing that the user says."
     return next((m["content"] for m in reversed(task.messages) if m["role"] == "user"), "")
@@ -116,7 +116,7 @@ def with_text(task: Task, draft: Draft, source: str) -> Task:
         prompt = [{**m, "content": draft.text} if i == last else dict(m) for i, m in enumerate(prompt)]
     return Task(content_id(prompt, answer, task.kind, meta["augmented"]), prompt, answer, task.kind, meta)
 
-# %% ../../nbs/41_augment.ipynb #2cf4aab8
+# %% ../../nbs/41_augment.ipynb #4e8040bb
 def clusters(text: str) -> list[str]:
     "Cut a text into grapheme clusters (Unicode Annex 29)."
     return regex.findall(r"\X", text)
@@ -146,7 +146,7 @@ def _fixed(word: str) -> bool:
     "Does a word carry a number? Such a word is left alone."
     return bool(_digit.search(word)) or (len(word) < 40 and bool(question_numbers(word)))
 
-# %% ../../nbs/41_augment.ipynb #40696c51
+# %% ../../nbs/41_augment.ipynb #25d8c2f1
 Change = Callable[[Sequence[str], int, int, np.random.Generator], tuple[int, list[str]] | None]  # (clusters, place, end of its word, rng) -> how many clusters to replace, by what
 
 def edit_clusters(
@@ -175,7 +175,7 @@ def edit_clusters(
     if not done: raise Skip("nothing to change")
     return "".join(c for piece in new for c in piece)
 
-# %% ../../nbs/41_augment.ipynb #cf1de5cd
+# %% ../../nbs/41_augment.ipynb #b86b914f
 def _keeps_apart(new: Sequence[list[str]], i: int, n: int, pieces: list[str]) -> bool:
     "Do the pieces stay the clusters they are between their neighbours?"
     a, b = i - 1, i + n
@@ -194,7 +194,7 @@ def intact(
     if not set(clusters(new)) <= {*clusters(old), *clusters(added)}: raise Skip("a character would be torn")
     return new
 
-# %% ../../nbs/41_augment.ipynb #67a09051
+# %% ../../nbs/41_augment.ipynb #38081f5e
 def _is_letter(c: str) -> bool: return bool(_letter.match(c))
 
 def _apply(task: Task, f: Callable[[str], str]) -> Draft: return Draft(f(task_text(task)))
@@ -212,7 +212,7 @@ def character(task: Task, rng: np.random.Generator, env: Env, rate: float = .05)
         return 1, [letters[int(rng.integers(len(letters)))]]
     return Draft(edit_clusters(text, rng, rate, _is_letter, slip))
 
-# %% ../../nbs/41_augment.ipynb #84b51ce0
+# %% ../../nbs/41_augment.ipynb #8d0c458a
 _ROWS = (("qwertyuiop[]", "asdfghjkl;'", "zxcvbnm,./"), ("йцукенгшщзхъ", "фывапролджэ", "ячсмитьбю"))
 
 def _neighbours() -> dict[str, str]:
@@ -243,7 +243,7 @@ def keyboard(task: Task, rng: np.random.Generator, env: Env, rate: float = .05) 
     "Hit a key beside the right one."
     return _apply(task, lambda t: edit_clusters(t, rng, rate, lambda c: bool(_alike(c, KEYS)), _swap_from(KEYS)))
 
-# %% ../../nbs/41_augment.ipynb #2805691e
+# %% ../../nbs/41_augment.ipynb #62f42de9
 _OCR_ONE = "l I|I l|e c|c e|h b|b h|u v|v u|O Q|Q O|E F|F E|и й|й и|ш щ|щ ш|н п|п н|е с|с е|т г|ь ъ|未 末|末 未|己 已|已 己|日 曰|土 士|士 土|人 入|入 人|大 太|ب ت|ت ث|ج ح|ح خ|د ذ|ر ز|س ش|ص ض|ط ظ|ع غ"
 _OCR_MORE = {"m": ["r", "n"], "w": ["v", "v"], "d": ["c", "l"], "n": ["r", "i"], "u": ["i", "i"]}
 OCR = {pair[0]: pair[2] for pair in _OCR_ONE.split("|")}
@@ -258,7 +258,7 @@ def ocr(task: Task, rng: np.random.Generator, env: Env, rate: float = .05) -> Dr
         return (1, options[int(rng.integers(len(options)))]) if options else None
     return _apply(task, lambda t: edit_clusters(t, rng, rate, lambda c: c in OCR or c in _OCR_MORE, misread))
 
-# %% ../../nbs/41_augment.ipynb #b03db30d
+# %% ../../nbs/41_augment.ipynb #44bd910e
 _QUOTES = {"'": "’‘", '"': "“”„", "’": "'", "“": '"', "”": '"'}
 BLANKS = ("  ", "\u00a0", "\u2009", "\u3000", "\t", "\n")
 
@@ -281,7 +281,7 @@ def whitespace(task: Task, rng: np.random.Generator, env: Env, rate: float = .2)
     def other(cs, i, end, rng): return 1, clusters(BLANKS[int(rng.integers(len(BLANKS)))])
     return _apply(task, lambda t: edit_clusters(t, rng, rate, lambda c: c == " ", other, words=False))
 
-# %% ../../nbs/41_augment.ipynb #49e302e0
+# %% ../../nbs/41_augment.ipynb #4ad3315e
 def _rejoin(before: Sequence[str], after: Sequence[str]) -> str:
     "Join clusters that were moved. Raises `Skip` when that fuses some of them, or changes nothing."
     text = "".join(after)
@@ -315,7 +315,7 @@ def word_delete(task: Task, rng: np.random.Generator, env: Env, rate: float = .1
     cut = {i for k in gone for i in range(spans[k][0], spans[k + 1][0] if k + 1 < len(spans) else spans[k][1])}
     return Draft(_rejoin(cs, [c for i, c in enumerate(cs) if i not in cut]))
 
-# %% ../../nbs/41_augment.ipynb #cf6224ab
+# %% ../../nbs/41_augment.ipynb #d93b9bc8
 @dataclass(frozen=True)
 class Lexicon:
     "Words that may stand for a word."
@@ -326,7 +326,7 @@ def wordnet_lexicon() -> Lexicon:
     "Look words up in WordNet (Miller 1995). Raises `MissingExtra` without nltk, `BadInput` without its data."
     wordnet = require("nltk.corpus", "lexical").wordnet
     try: wordnet.ensure_loaded()
-    except LookupError: raise BadInput("nltk has no WordNet data; run: python -m nltk.downloader wordnet") from None
+    except (LookupError, OSError): raise BadInput("nltk has no WordNet data; run: python -m nltk.downloader wordnet") from None
     lock = threading.Lock()  # the reader moves about in open files
     @lru_cache(4096)
     def lookup(word):
@@ -334,7 +334,7 @@ def wordnet_lexicon() -> Lexicon:
         return tuple(sorted(found - {word}))
     return Lexicon("wordnet", lookup)
 
-# %% ../../nbs/41_augment.ipynb #a75b2054
+# %% ../../nbs/41_augment.ipynb #4b089a4d
 def embedding_lexicon(
     words: Sequence[str],
     vectors: np.ndarray,  # (V, D)
@@ -361,7 +361,7 @@ def lm_lexicon(lm: Any, **options) -> Lexicon:
     kept = sorted(i for i, t in pieces.items() if regex.fullmatch(r" \p{Ll}{3,}", t))
     return embedding_lexicon([pieces[i][1:] for i in kept], np.asarray(lm.params.embed, np.float32)[kept], f"embeddings of {model_id(lm)}", **options)
 
-# %% ../../nbs/41_augment.ipynb #96264efb
+# %% ../../nbs/41_augment.ipynb #3df2d03d
 def _substitutes(text: str, lexicon: Lexicon) -> list[tuple[int, int, Sequence[str]]]:
     "Words of a text that the lexicon can replace: start, end, choices."
     found = []
@@ -383,7 +383,7 @@ def _lexical(task: Task, rng: np.random.Generator, rate: float, lexicon: Lexicon
         new, came = f"{new[:b]} {word}{new[b:]}" if insert else new[:a] + word + new[b:], came + word
     return Draft(intact(text, new, came))
 
-# %% ../../nbs/41_augment.ipynb #985d30b9
+# %% ../../nbs/41_augment.ipynb #d48b3d52
 _lexicons: dict[str, Lexicon] = {}
 _opening = threading.Lock()
 
@@ -410,7 +410,7 @@ def neighbours(task: Task, rng: np.random.Generator, env: Env, rate: float = .1)
     "Replace words by their neighbours in the input embeddings of the model."
     return _lexical(task, rng, rate, _lexicon(None, env), insert=False)
 
-# %% ../../nbs/41_augment.ipynb #7eea2a80
+# %% ../../nbs/41_augment.ipynb #f9d5d476
 ASIDES = ("The weather was fine that day.", "A neighbour walked by and said hello.", "Somebody had left the radio on.", "It was a quiet afternoon.", "The street was being repaired.", "Nobody was in a hurry.")
 
 def _sentences(text: str) -> tuple[list[str], str]:
@@ -436,7 +436,7 @@ def aside(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     at, said = text.rindex(found[-1]), ASIDES[int(rng.integers(len(ASIDES)))] + gap
     return Draft(intact(text, text[:at] + said + text[at:], said))
 
-# %% ../../nbs/41_augment.ipynb #383276f4
+# %% ../../nbs/41_augment.ipynb #165889a4
 LONGEST = 20_000  # characters; no arithmetic is sought in longer questions
 Program = tuple[str, ...]  # steps such as "n0 - n1" and "s0 * n2"; the last one gives the answer
 _name = re.compile(r"\b([ns])(\d+)\b")
@@ -464,7 +464,7 @@ def run_program(
         values.append(value)
     return values
 
-# %% ../../nbs/41_augment.ipynb #94356a36
+# %% ../../nbs/41_augment.ipynb #ce86518c
 def _steps_of(flow: Flow, text: str) -> Program | None:
     "Read the program off a worked solution to the question `text`. None where an operand cannot be told apart, or comes from nowhere."
     values = [n.value for n in flow.asked]
@@ -487,7 +487,7 @@ def _steps_of(flow: Flow, text: str) -> Program | None:
         order.append(" ".join(map(str, parts)))
     return tuple(order) or None
 
-# %% ../../nbs/41_augment.ipynb #0bbc0b29
+# %% ../../nbs/41_augment.ipynb #f51b5829
 def _in_question(text: str, expression: str | None) -> Program | None:
     "The arithmetic that a question spells out."
     start = text.find(expression) if expression else -1
@@ -524,7 +524,7 @@ def _find_program(text: str, gold: Fraction | None, told: Program | None, expres
     numbers = [n.value for n in question_numbers(text)]
     return next((p for p in tries if p and (v := run_program(p, numbers)) and v[-1] == gold), None)
 
-# %% ../../nbs/41_augment.ipynb #6e0d7971
+# %% ../../nbs/41_augment.ipynb #bea27a05
 def _changeable(text: str, numbers: Sequence[Number], program: Program, told: bool) -> list[int]:
     "Indices of the numbers that may change. `told`: the program was read off a solution."
     used = {int(m[2]) for step in program for m in _name.finditer(step) if m[1] == "n"}
@@ -551,7 +551,7 @@ def _write(text: str, numbers: Sequence[Number], new: Mapping[int, Fraction]) ->
 
 
 
-# %% ../../nbs/41_augment.ipynb #e78b995f
+# %% ../../nbs/41_augment.ipynb #7f61a03d
 def _same_class(old: Sequence[Fraction], new: Sequence[Fraction], cents: bool) -> bool:
     "Whole numbers stay whole, unless the question itself has `cents`; no more than two decimal places come in; and what was positive stays so."
     def places(v): return len(_spelt(v).partition(".")[2]) if "/" not in _spelt(v) else 99
@@ -579,7 +579,7 @@ def _recomputed(text: str, program: Program, numbers: Sequence[Fraction], **meta
     values = run_program(program, numbers) or []
     return Draft(text, _spelt(values[-1]), _worked(program, numbers), {"program": list(program), **meta})
 
-# %% ../../nbs/41_augment.ipynb #79820042
+# %% ../../nbs/41_augment.ipynb #2d10ac4d
 TRIES = 60  # draws before a task is given up
 
 def _redraw(task: Task, propose: Callable[[Number, str], Fraction], **meta) -> Draft:
@@ -607,7 +607,7 @@ def numbers(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     "Change the numbers of a question and compute the answer again."
     return _redraw(task, lambda n, spelt: _digits_like(n, spelt, rng))
 
-# %% ../../nbs/41_augment.ipynb #57a6c38d
+# %% ../../nbs/41_augment.ipynb #6859e121
 @augmenter("difficulty", ("answer", "wording"))
 def difficulty(task: Task, rng: np.random.Generator, env: Env, more: int = 2) -> Draft:
     "Make the numbers longer by a random share of `more` digits, and compute the answer again."
@@ -615,7 +615,7 @@ def difficulty(task: Task, rng: np.random.Generator, env: Env, more: int = 2) ->
     share = float(rng.random())
     return _redraw(task, lambda n, spelt: n.value if n.percent else _digits_like(n, spelt, rng, round(share * more)), difficulty=round(share, 3))
 
-# %% ../../nbs/41_augment.ipynb #ef015ae5
+# %% ../../nbs/41_augment.ipynb #0e0fc570
 UNITS = {  # family -> (larger unit, smaller unit, factor), singular and plural
     "length": ((("kilometre", "kilometres"), ("metre", "metres"), 1000), (("kilometer", "kilometers"), ("meter", "meters"), 1000), (("km", "km"), ("m", "m"), 1000), (("foot", "feet"), ("inch", "inches"), 12)),
     "mass": ((("kilogram", "kilograms"), ("gram", "grams"), 1000), (("kg", "kg"), ("g", "g"), 1000), (("pound", "pounds"), ("ounce", "ounces"), 16)),
@@ -644,7 +644,7 @@ def units(task: Task, rng: np.random.Generator, env: Env) -> Draft:
         return _recomputed(intact(text, said_now, "0123456789,." + "".join(small)), program, after)
     raise Skip("no unit that can be exchanged")
 
-# %% ../../nbs/41_augment.ipynb #f329208b
+# %% ../../nbs/41_augment.ipynb #1c14a200
 NAMES = ("Anna Maria Julia Emma Natalia Betty Weng Sofia Olivia Grace Fatima Aisha Priya Mei Lucy Alice Rachel Martha Julie Sarah".split(),
          "James John Peter Mark Ken Alexis Albert Tom Daniel Omar Ali Hiroshi Carlos David Noah Liam Max Sam Toby Bob".split(),
          "Анна Мария Ольга Юлия Софья Елена Ирина Наталья".split(), "Иван Пётр Максим Олег Николай Антон Борис Денис".split())
@@ -665,7 +665,7 @@ def names(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     renamed, solution = (_LOWER.sub(lambda m: new.get(m[0], m[0]), s) for s in (text, task.meta.get("solution") or ""))
     return Draft(intact(text, renamed, "".join(new.values())), solution=solution or None)
 
-# %% ../../nbs/41_augment.ipynb #9080b3b5
+# %% ../../nbs/41_augment.ipynb #1f64ec60
 def _hide(task: Task, rng: np.random.Generator) -> tuple[str, str, int, Program | None]:
     "Replace one number of a question by X: the new text, the number, its index, the program."
     if task.answer is None: raise Skip("no answer")
@@ -686,7 +686,7 @@ def fobar(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     text, hidden, i, program = _hide(task, rng)
     return Draft(f"{text} If we know that the answer to this question is {task.answer}, what is the value of the unknown X?", hidden, meta={"hidden": i, "program": None, "inverts": [list(program or ()), task.answer]})
 
-# %% ../../nbs/41_augment.ipynb #eb3627ba
+# %% ../../nbs/41_augment.ipynb #e0038d20
 def _ask(text: str) -> list[Message]: return [{"role": "user", "content": text}]
 
 _PREAMBLE = re.compile(r"\A(?:sure|here(?:'s| is)|certainly|of course|voici)[^\n]{0,80}:\s*", re.I)
@@ -715,7 +715,7 @@ def back_translate(task: Task, rng: np.random.Generator, env: Env, via: str = "F
     there = clean_reply((yield _ask(TRANSLATE_PROMPT.format(language=via, text=task_text(task)))))
     return Draft(clean_reply((yield _ask(TRANSLATE_PROMPT.format(language=home, text=there)))))
 
-# %% ../../nbs/41_augment.ipynb #e094745c
+# %% ../../nbs/41_augment.ipynb #99afb20d
 def _solve(draft: Draft) -> Asking:
     "Ask for a solution of a draft's question."
     solution = (yield _ask(SOLVE_PROMPT.format(text=draft.text))).strip()
@@ -752,7 +752,7 @@ def metamath_self_verification(task: Task, rng: np.random.Generator, env: Env) -
 
 METAMATH = ("metamath_answers", "metamath_rephrase", "metamath_self_verification", "metamath_fobar")
 
-# %% ../../nbs/41_augment.ipynb #d7b5ae59
+# %% ../../nbs/41_augment.ipynb #ec0abcd1
 def _tree_of(task: Task) -> ast.Module:
     if task.kind != "code" or not task.answer: raise Skip("not a program")
     try: tree = ast.parse(task.answer)
@@ -798,7 +798,7 @@ def _own_names(node: ast.AST) -> Iterator[ast.Name]:
     if isinstance(node, ast.Name): yield node
     for child in ast.iter_child_nodes(node): yield from _own_names(child)
 
-# %% ../../nbs/41_augment.ipynb #e98ebcbd
+# %% ../../nbs/41_augment.ipynb #c26f899a
 @augmenter("invert_if", ("tests",))
 def invert_if(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     "Turn conditions round: `if c: A else: B` becomes `if not c: B else: A`."
@@ -831,7 +831,7 @@ def reorder(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     if not done: raise Skip("no statements that can change places")
     return _program_draft(task, tree)
 
-# %% ../../nbs/41_augment.ipynb #252a4d59
+# %% ../../nbs/41_augment.ipynb #3a9102a9
 @augmenter("concatenate", ("answer",), reads_pool=True)
 def concatenate(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     "Ask for the sum of the answers of two tasks."
@@ -865,7 +865,7 @@ def mix(
     rows = [(k, sources[k][int(i)]) for k, c in zip(names, counts) if c for e in range(-(-int(c) // len(sources[k]))) for i in rng(k, e).permutation(len(sources[k]))[:int(c) - e * len(sources[k])]]
     return [rows[i] for i in rng("order").permutation(len(rows))]
 
-# %% ../../nbs/41_augment.ipynb #a9f65ac4
+# %% ../../nbs/41_augment.ipynb #bd4931a3
 def _folded(text: str) -> str:
     "A text with compatible characters, white space and quotation marks made equal."
     plain = unicodedata.normalize("NFKC", text).translate(str.maketrans("’‘“”„", "''\"\"\""))
@@ -887,7 +887,7 @@ def _check_length(old: Task, new: Task) -> Verdict:
     a, b = len(task_text(old)), len(task_text(new))
     return Verdict(a / 2 - 3 <= b <= 2 * a + 3, "length", f"{a} and {b} characters")
 
-# %% ../../nbs/41_augment.ipynb #4880fde3
+# %% ../../nbs/41_augment.ipynb #b4aa7e5c
 def _check_answer(old: Task, new: Task) -> Verdict:
     "Run the arithmetic on the numbers of the new text."
     program, gold = new.meta.get("program") or program_of(old), _gold(new)
@@ -932,7 +932,7 @@ def _check_meaning(pairs, judge, store, progress) -> list[Verdict]:
 CHECKS: dict[str, Callable] = {k: _one_by_one(f) for k, f in {"label": _check_label, "numbers": _check_numbers, "words": _check_words, "form": _check_form, "length": _check_length, "wording": _check_wording, "answer": _check_answer, "inverse": _check_inverse}.items()}
 CHECKS |= {"solved": _check_solved, "tests": _check_tests, "meaning": _check_meaning}  # promise -> (pairs, judge, store, progress) -> verdicts
 
-# %% ../../nbs/41_augment.ipynb #225ed2e4
+# %% ../../nbs/41_augment.ipynb #a3c5b5ef
 @dataclass(frozen=True)
 class Row:
     "What became of one task, augmenter and copy."
@@ -966,7 +966,7 @@ class Augmentation:
     @property
     def usage(self) -> Usage: return sum((r.usage for r in self.rows), Usage())
 
-# %% ../../nbs/41_augment.ipynb #b5fb36db
+# %% ../../nbs/41_augment.ipynb #dd42dc4b
 def promise_rates(found: Augmentation) -> pd.DataFrame:
     "How often each promise of each augmenter held, over all drafts: kept of checked, with Wilson's 95% interval; unknown ones are counted apart."
     table: dict[tuple[str, str], list[bool | None]] = {}
@@ -995,7 +995,7 @@ def to_training(tasks: Sequence[Task], source: str = "augment") -> list[Example]
         out.append(Example(content_id(messages), messages, source, {"task_id": about["from"], "augmenter": about["by"], "answer": t.answer}))
     return out
 
-# %% ../../nbs/41_augment.ipynb #bb59f1d0
+# %% ../../nbs/41_augment.ipynb #c67e32f9
 @dataclass
 class _Unit:
     "One row in the making."
@@ -1040,7 +1040,7 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError: return False
     return True
 
-# %% ../../nbs/41_augment.ipynb #4ee8f79b
+# %% ../../nbs/41_augment.ipynb #37ecdca8
 def _draw_block(units: Sequence[_Unit], env: Env, sampling: Sampling, store: Store | None, threads: ThreadPoolExecutor, progress: str) -> None:
     "Draft a block: all augmenters up to their first question, all questions to the model together, and so on."
     list(threads.map(lambda u: u.start(env), units))
@@ -1076,7 +1076,7 @@ def _outcome(checks: Mapping[str, Verdict]) -> tuple[str, str]:
     unknown = next((k for k, v in checks.items() if v.value is None), None)
     return ("filtered", f"{broken} not preserved") if broken else ("unknown", f"{unknown}: {checks[unknown].cause}") if unknown else ("ok", "")
 
-# %% ../../nbs/41_augment.ipynb #28353c03
+# %% ../../nbs/41_augment.ipynb #542a13bb
 BLOCK = 256  # rows that are drafted, checked and committed together
 
 def augment(
@@ -1111,7 +1111,7 @@ def augment(
             bar.update(len(block))
     return Augmentation(_without_repeats([done[u.key] for u in units]), keep_unknown)
 
-# %% ../../nbs/41_augment.ipynb #a7de484a
+# %% ../../nbs/41_augment.ipynb #5e5bab33
 def _checked(tasks: Sequence[Task], augmenters: Sequence[str | Augmenter], copies: int, lm: LM | None, workers: int) -> list[Augmenter]:
     "The augmenters of a call that can be carried out."
     if isinstance(augmenters, str) or not augmenters: raise BadInput(f"augmenters is a list of names, such as ['keyboard', 'numbers'], got {augmenters!r}")
