@@ -14,6 +14,7 @@ _WHERE = {
     "synthlab.scoring.logprobs": ("score",),
     "synthlab.scoring.groups": ("group_advantages", "kl", "majority", "pass_at_k"),
     "synthlab.checks.verify": ("extract_answer", "verifier", "verify"),
+    "synthlab.methods.augment": ("augment", "make_augmenter", "mix"),
     "synthlab.methods.cat": ("estimate", "reward", "synthesize"),
     "synthlab.methods.compare": ("compare",),
     "synthlab.methods.selfsupervision": ("self_supervise",),
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
                                Verdict, new_task)
     from synthlab.lm.backends import Request, Sampling, load_lm
     from synthlab.lm.rollouts import sample
+    from synthlab.methods.augment import augment, make_augmenter, mix
     from synthlab.methods.cat import estimate, reward, synthesize
     from synthlab.methods.compare import compare
     from synthlab.methods.selfsupervision import self_supervise
