@@ -84,7 +84,7 @@ class Pair(NamedTuple):
 def _texts(ids: Tokens, seed: int | np.ndarray) -> tuple[Ragged, np.ndarray]:
     "Texts and their keys; of a seed and no keys, a text's id is its number."
     texts = ids if isinstance(ids, Ragged) else Ragged.of([np.asarray(ids)])
-    keys = text_keys(seed, range(len(texts))) if isinstance(seed, (int, np.integer)) else np.asarray(seed, np.uint32)
+    keys = text_keys(int(seed), range(len(texts))) if isinstance(seed, (int, np.integer)) else np.asarray(seed, np.uint32)
     if keys.shape != (len(texts),): raise BadInput(f"a seed, or one key for each of {len(texts)} texts; got keys of shape {keys.shape}")
     return texts, keys
 
@@ -382,7 +382,7 @@ def fill_in_middle(
     mark = len(v) + np.arange(4)  # the sentinels stand behind the texts
     v = np.concatenate([v, np.array([prefix_id, suffix_id, middle_id, end_id], v.dtype)])
     P, M, S = (np.stack(x, 1) for x in ((s, cuts[:, 0]), (s + cuts[:, 0], cuts[:, 1] - cuts[:, 0]), (s + cuts[:, 1], texts.lengths - cuts[:, 1])))
-    sign = lambda i: np.tile([mark[i], 1], (n, 1))
+    sign = lambda i: np.tile(np.array([int(mark[i]), 1]), (n, 1))
     order = np.where(back[:, None, None], np.stack([sign(0), sign(1), S, sign(2), P], 1), np.stack([sign(0), P, sign(1), S, sign(2)], 1))
     asked = np.where(cut[:, None, None], order, 0)
     said = np.stack([np.where(cut[:, None], M, np.stack([s, texts.lengths], 1)), sign(3)], 1)
@@ -418,16 +418,24 @@ def best_fit(
     capacity: int,
 ) -> list[list[int]]:  # rows of indices
     "Pack sizes into as few rows of `capacity` as best-fit decreasing finds. Raises `BadInput` for one that fits in no row."
-    rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (free places, row), sorted
-    for i in np.argsort(-np.asarray(sizes, int), kind="stable").tolist():
-        if (size := int(sizes[i])) > capacity: raise BadInput(f"text {i} has {size} tokens, a row has {capacity}")
-        at = bisect.bisect_left(rooms, (size, -1))
-        if at == len(rooms): room, row = capacity, len(rows); rows.append([])
-        else: room, row = rooms.pop(at)
-        rows[row].append(i)
-        bisect.insort(rooms, (room - size, row))
+    order, row = _fit(np.asarray(sizes, int), capacity)
+    rows: list[list[int]] = [[] for _ in range(row.max(initial=-1) + 1)]
+    for i, r in zip(order.tolist(), row.tolist()): rows[r].append(i)
     return rows
+
+def _fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    "Indices from long to short, and the row of each. Free places and number of a row are one integer, so that finding the fullest row compares integers."
+    order = np.argsort(-sizes, kind="stable")
+    down, step = sizes[order].tolist(), len(sizes)
+    if down and down[0] > capacity: raise BadInput(f"text {order[0]} has {down[0]} tokens, a row has {capacity}")
+    rooms, row, used = [], [], 0
+    for need in (size * step for size in down):
+        at = bisect.bisect_left(rooms, need)
+        if at < len(rooms): room = rooms.pop(at)
+        else: room, used = capacity * step + used, used + 1
+        row.append(room % step)
+        if room - need >= down[-1] * step: bisect.insort(rooms, room - need)  # else nothing fits into it any more
+    return order, np.array(row, int)
 
 # %% ../../nbs/40_selfsupervision.ipynb #cb01c972
 @dataclass(frozen=True)
@@ -464,21 +472,28 @@ def pack(
     texts = texts if isinstance(texts, Ragged) else Ragged.of(texts)
     if length < 1: raise BadInput(f"a row has at least one place, got {length}")
     parts = -(-texts.lengths // length) if split else np.minimum(texts.lengths, 1)
-    number = _ranges(np.zeros(len(texts), int), parts)
-    source = np.repeat(np.arange(len(texts)), parts)
+    number, source = _ranges(np.zeros(len(texts), int), parts), np.repeat(np.arange(len(texts)), parts)
     start = texts.starts[source] + number * length
     size = np.minimum(texts.lengths[source] - number * length, length if split else texts.lengths.max(initial=0))
-    rows = best_fit(size.tolist(), length)
-    order, fill = np.array([i for r in rows for i in r], int), np.array([len(r) for r in rows], int)
-    size, row = size[order], np.repeat(np.arange(len(rows)), fill)
-    before = np.cumsum(size) - size
-    to = row * length + before - np.repeat(before[np.cumsum(fill) - fill], fill)
-    within, out = _ranges(np.zeros(len(size), int), size), [np.full(len(rows) * length, x, np.int32) for x in (pad_id, -1, 0, -1)]
-    place = within + np.repeat(to, size)
-    out[0][place] = texts.values[within + np.repeat(start[order], size)]
-    out[1][place] = np.repeat(_ranges(np.zeros(len(rows), int), fill), size)
-    out[2][place], out[3][place] = within, np.repeat(source[order], size)
-    return Packed(*(a.reshape(len(rows), length) for a in out))
+    order, row = _fit(size, length)
+    by_row = np.argsort(row, kind="stable")
+    order, fill = order[by_row], np.bincount(row)
+    return _rows_of(texts.values, start[order], size[order], source[order], fill, length, pad_id)
+
+def _rows_of(values: np.ndarray, start: np.ndarray, size: np.ndarray, source: np.ndarray, fill: np.ndarray, length: int, pad_id: int) -> Packed:
+    "Lay pieces side by side, `fill` of them in each row; the empty end of a row is one more piece. Every array is a number repeated, so nothing is scattered."
+    ends = np.cumsum(fill)
+    free = length - np.diff(np.concatenate([[0], np.cumsum(size)])[np.concatenate([[0], ends])])
+    span = np.insert(size, ends, free)
+    spread = lambda x, at_end: np.repeat(np.insert(x, ends, at_end).astype(np.int32), span)
+    first, place = np.cumsum(span) - span, np.arange(len(fill) * length, dtype=np.int32)
+    begin = np.repeat(first.astype(np.int32), span)
+    owner, origin = spread(_ranges(np.zeros(len(fill), int), fill), -1), spread(source, -1)
+    at, positions, empty = place + spread(start, 0) - begin, place - begin, np.flatnonzero(owner < 0)
+    at[empty] = positions[empty] = 0
+    ids = values[at] if len(values) else np.zeros(0, np.int32)
+    ids[empty] = pad_id
+    return Packed(*(a.reshape(len(fill), length) for a in (ids, owner, positions, origin)))
 
 # %% ../../nbs/40_selfsupervision.ipynb #eed901cc
 @dataclass(frozen=True)
@@ -582,7 +597,7 @@ class SelfSupervised:
         return datasets.Dataset.from_list(rows, datasets.Features({"id": datasets.Value("string"), "task": datasets.Value("string"), **{k: datasets.List(datasets.Value("int32")) for k in ("input_ids", "labels")}}))
 
 # %% ../../nbs/40_selfsupervision.ipynb #86b710a2
-def _row_text(row: Any, encode: Callable[[str], Sequence[int]], task: str, seed: int, options: dict) -> tuple[str, np.ndarray, dict]:
+def _row_text(row: Any, encode: Callable[[str], Sequence[int] | np.ndarray], task: str, seed: int, options: dict) -> tuple[str, np.ndarray, dict]:
     "Id, tokens and what else the task needs of a row. Raises for a row that is none."
     body = row if not isinstance(row, Mapping) else row["text"] if isinstance(row.get("text"), str) else row["input_ids"] if "input_ids" in row else row.get("text")
     if not isinstance(body, (str, list, tuple, np.ndarray)): raise BadInput(f"not a text: {type(body).__name__}")
@@ -595,7 +610,7 @@ def _row_text(row: Any, encode: Callable[[str], Sequence[int]], task: str, seed:
     if not options.get("whole_words"): return name, np.asarray(encode(body), np.int32), {}
     return name, *_pieces_of_words(body, encode)
 
-def _pieces_of_words(text: str, encode: Callable[[str], Sequence[int]]) -> tuple[np.ndarray, dict]:
+def _pieces_of_words(text: str, encode: Callable[[str], Sequence[int] | np.ndarray]) -> tuple[np.ndarray, dict]:
     "Encode word by word, with the space before a word, and number the tokens by their words."
     import re
     pieces = [np.asarray(encode(w), np.int32) for w in re.findall(r"\s*\S+|\s+\Z", text)]
@@ -642,7 +657,7 @@ def self_supervise(
     task: str = "mlm",  # a name of OBJECTIVES
     *,
     vocab: Vocab = BYTES,
-    encode: Callable[[str], Sequence[int]] = byte_ids,  # text to tokens, without special ones
+    encode: Callable[[str], Sequence[int] | np.ndarray] = byte_ids,  # text to tokens, without special ones
     seed: int = 0,
     max_tokens: int | None = None,  # longer texts are left out
     batch_size: int = 1024,  # texts at a time; changes no byte of the result
