@@ -801,6 +801,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'synthlab.lab.cli._version': ('cli.html#_version', 'synthlab/lab/cli.py'),
                                   'synthlab.lab.cli._write_data': ('cli.html#_write_data', 'synthlab/lab/cli.py'),
                                   'synthlab.lab.cli._write_page': ('cli.html#_write_page', 'synthlab/lab/cli.py'),
+                                  'synthlab.lab.cli.augment': ('cli.html#augment', 'synthlab/lab/cli.py'),
                                   'synthlab.lab.cli.cat': ('cli.html#cat', 'synthlab/lab/cli.py'),
                                   'synthlab.lab.cli.doctor': ('cli.html#doctor', 'synthlab/lab/cli.py'),
                                   'synthlab.lab.cli.examine': ('cli.html#examine', 'synthlab/lab/cli.py'),
