@@ -41,7 +41,7 @@ def test_augmenters_are_found_by_name_on_their_pages():
     for module, names in library.CHECKED_ELSEWHERE.items(): assert all(n in library.CHECKS for n in names)
     assert set(library.CHECKS) == set(library.PROMISES), "every promise has a check"
     for call, message in ((lambda: make_augmenter("keybord"), "unknown augmenter 'keybord'; known: .*keyboard"), (lambda: library.make_augmenter("keyboard", speed=3), "no option 'speed'; its options: rate"), (lambda: library.make_augmenter("keyboard", rate=0), "must lie in"),
-                          (lambda: augmenter("x", ("beauty",)), "unknown promise 'beauty'"), (lambda: draft_of("rephrase", "Why?"), "asks a model")):
+                          (lambda: augmenter("x", ("beauty",)), "unknown promise 'beauty'"), (lambda: library.draft_of("rephrase", "Why?"), "asks a model")):
         with pytest.raises(BadInput, match=message): call()
 
 
