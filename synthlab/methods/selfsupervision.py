@@ -169,7 +169,7 @@ class _Masking:
 
     def everywhere(self, ids, seed, words) -> Pair:
         "With JAX, on arrays of one shape; can be compiled."
-        key = jnp.asarray(text_keys(seed, range(ids.shape[0] if ids.ndim > 1 else 1)) if isinstance(seed, (int, np.integer)) else seed, jnp.uint32)
+        key = jnp.asarray(text_keys(int(seed), range(ids.shape[0] if ids.ndim > 1 else 1)) if isinstance(seed, (int, np.integer)) else seed, jnp.uint32)
         key, position = (key[:, None] if ids.ndim > 1 else key), jnp.arange(ids.shape[-1], dtype=jnp.uint32)
         unit = position if words is None else words.astype(jnp.uint32)
         chosen = (random_bits(key, unit) < _share(self.rate)) & self.free(ids)
