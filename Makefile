@@ -47,6 +47,7 @@ lab: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python tests/bench/checks.py
 	$(BIN)/python tests/bench/grpo.py
+	$(BIN)/python tests/bench/selfsup.py
 	$(BIN)/python tests/bench
 
 docs: .venv/.dev

@@ -8,7 +8,7 @@ root = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(root / "settings.ini", encoding="utf-8")
 c = ini["DEFAULT"]
-extras = {name: c[f"{name}_requirements"].split() for name in ("api", "checks", "eval", "formal", "lab", "trl", "dev")}
+extras = {name: c[f"{name}_requirements"].split() for name in ("api", "checks", "eval", "formal", "lab", "lexical", "trl", "dev")}
 extras["dev"] += extras["api"] + extras["checks"] + extras["formal"] + extras["lab"] + extras["trl"]
 
 setup(name=c["lib_name"], version=c["version"], description=c["description"], author=c["author"], license=c["license"],

@@ -14,8 +14,10 @@ _WHERE = {
     "synthlab.scoring.logprobs": ("score",),
     "synthlab.scoring.groups": ("group_advantages", "kl", "majority", "pass_at_k"),
     "synthlab.checks.verify": ("extract_answer", "verifier", "verify"),
+    "synthlab.methods.augment": ("augment", "make_augmenter", "mix"),
     "synthlab.methods.cat": ("estimate", "reward", "synthesize"),
     "synthlab.methods.compare": ("compare",),
+    "synthlab.methods.selfsupervision": ("self_supervise",),
     "synthlab.training.evaluate": ("compare_models", "evaluate"),
     "synthlab.training.bridges": ("CaTReward",),
     "synthlab.training.contamination": ("claim", "contamination", "split_tasks"),
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
                                Verdict, new_task)
     from synthlab.lm.backends import Request, Sampling, load_lm
     from synthlab.lm.rollouts import sample
+    from synthlab.methods.augment import augment, make_augmenter, mix
     from synthlab.methods.cat import estimate, reward, synthesize
     from synthlab.methods.compare import compare
+    from synthlab.methods.selfsupervision import self_supervise
     from synthlab.scale.export import to_dataset, write_dataset
     from synthlab.scoring.groups import group_advantages, kl, majority, pass_at_k
     from synthlab.scoring.logprobs import score

@@ -13,14 +13,15 @@ import pytest
 from synthlab.core import BadInput, atomic_write
 from synthlab.store import Store, StoreError
 
-CAT = [sys.executable, "-c", "from synthlab.lab.cli import main; main()", "cat"]
+CLI = [sys.executable, "-c", "from synthlab.lab.cli import main; main()"]
 STUB = ["--model", "stub:0.02", "--n", "24", "--rollouts", "8", "--estimators", "synthesis,majority,random"]
+AUGMENT = ["--model", "stub:0.2", "--n", "20", "--copies", "2", "--by", "numbers,whitespace,rephrase,back_translate,metamath_answers", "--keep-unknown"]
 EMBEDDED = ["--n", "3", "--rollouts", "4", "--max-tokens", "24", "--config", "min_terms=2,max_terms=2,min_digits=1,max_digits=1",
             "--estimators", "synthesis,majority,min_ppl,mutual"]
 
 
-def cat(out, *args):
-    return subprocess.run([*CAT, "--out", str(out), *args], capture_output=True, text=True)
+def cat(out, *args, command="cat"):
+    return subprocess.run([*CLI, command, "--out", str(out), *args], capture_output=True, text=True)
 
 
 def made(run):
@@ -32,7 +33,7 @@ def killed_at_random_moments(run, args, span, seed, times=5):
     "Start the run again and again, killing it each time; how many kills found it still working."
     rng, alive = random.Random(seed), 0
     for _ in range(times):
-        child = subprocess.Popen([*CAT, "--out", str(run), *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen([*CLI, "cat", "--out", str(run), *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(*span))
         alive += child.poll() is None
         child.send_signal(signal.SIGKILL)
@@ -49,6 +50,27 @@ def test_five_kills_change_nothing_with_the_stub(tmp_path):
     assert made(tmp_path / "killed") == made(tmp_path / "whole")
 
 
+def killed_after_some_rows(run, rng):
+    "Start or go on with an augmentation, kill it when its journal has grown by a random number of rows; the rows it then has."
+    rows = lambda: sum(Store(run).counts().values()) if (run / "journal.sqlite").exists() else 0
+    child = subprocess.Popen([*CLI, "augment", "--out", str(run), *AUGMENT], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    enough, deadline = rows() + rng.randint(1, 40), time.monotonic() + 60
+    while rows() < enough and child.poll() is None and time.monotonic() < deadline: time.sleep(.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert Store(run).check() == []
+    return rows()
+
+
+def test_kills_change_nothing_of_augmented_tasks(tmp_path):
+    whole = cat(tmp_path / "whole", *AUGMENT, command="augment")
+    assert whole.returncode == 0 and "200 rows: " in whole.stdout and " 0 failed" not in whole.stdout, whole.stderr
+    kept = [killed_after_some_rows(tmp_path / "killed", random.Random(i)) for i in range(4)]
+    assert kept == sorted(kept) and kept[0] > 0 and kept[-1] < sum(Store(tmp_path / "whole").counts().values()), "killed in the middle of its work, which is kept"
+    done = cat(tmp_path / "killed", *AUGMENT, command="augment")
+    assert done.returncode == 0 and done.stdout.replace("killed", "whole") == whole.stdout and made(tmp_path / "killed") == made(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_five_kills_change_nothing_with_the_embedded_model(tmp_path):
     assert cat(tmp_path / "whole", *EMBEDDED).returncode == 0
@@ -59,7 +81,7 @@ def test_five_kills_change_nothing_with_the_embedded_model(tmp_path):
 
 def test_ctrl_c_keeps_what_was_finished_and_says_how_to_go_on(tmp_path):
     args = ["--model", "stub:0.5", "--n", "8", "--rollouts", "8", "--estimators", "majority"]
-    child = subprocess.Popen([*CAT, "--out", str(tmp_path), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([*CLI, "cat", "--out", str(tmp_path), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and not ((tmp_path / "journal.sqlite").exists() and Store(tmp_path).counts()): time.sleep(.1)
     child.send_signal(signal.SIGINT)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Array', 'Loss', 'LORA_NAMES', 'STOP', 'STATE', 'ON_REQUEST', 'OWN_RULE', 'Units', 'Text', 'next_token', 'masked',
-           'best_fit', 'Batch', 'lay_out', 'may_look', 'packed_hidden', 'packed_logprobs', 'likelihood_loss',
-           'text_sums', 'preference_loss', 'distillation_loss', 'lora_start', 'adapt', 'merge', 'Optimizer',
-           'whole_tree', 'adapt_to', 'make_step', 'TrainingError', 'save_checkpoint', 'read_checkpoint', 'request_stop',
-           'read_metrics', 'Fit', 'fit', 'reply_weights', 'conversation', 'epoch_order', 'Trained', 'step_batch',
-           'is_large', 'sft', 'dpo', 'distill']
+           'Batch', 'lay_out', 'self_made', 'packed_batch', 'may_look', 'packed_hidden', 'packed_logprobs',
+           'likelihood_loss', 'text_sums', 'preference_loss', 'distillation_loss', 'lora_start', 'adapt', 'merge',
+           'Optimizer', 'whole_tree', 'adapt_to', 'make_step', 'TrainingError', 'save_checkpoint', 'read_checkpoint',
+           'request_stop', 'read_metrics', 'Fit', 'fit', 'reply_weights', 'conversation', 'epoch_order', 'Trained',
+           'step_batch', 'is_large', 'sft', 'dpo', 'distill']
 
 # %% ../../nbs/50_sft.ipynb #b8effdbf
-import bisect, math, time
+import math, time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ..core import Accounting, BadInput, Example, Message, SynthlabError, atomic_write, canonical_json, content_id, derive_seed
 from ..lm.jaxlm import Adapted, Config, Params, array_shapes, dot, finish_layer, project_qkv, rms_norm, rope_angles, row_blocks, save_jax_model, token_logprobs
 from ..lm.local import LocalLM
+from ..methods.selfsupervision import Packed, SelfMade, best_fit
 from ..scoring.logprobs import score_replies
 from ..store import Store
 
@@ -60,23 +61,6 @@ def masked(
     "Lay out masked-token prediction."
     w = np.asarray(chosen, float)
     return Text(np.asarray(corrupted, np.int32), np.asarray(ids, np.int32), w, np.ones(len(w), bool))
-
-# %% ../../nbs/50_sft.ipynb #1499e9da
-def best_fit(
-    sizes: Sequence[int],
-    capacity: int,
-) -> list[list[int]]:  # rows of indices
-    "Pack sizes into as few rows of `capacity` as best-fit decreasing finds. Raises `BadInput` for one that fits in no row."
-    rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (free places, row), sorted
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        if sizes[i] > capacity: raise BadInput(f"text {i} has {sizes[i]} tokens, a row has {capacity}")
-        at = bisect.bisect_left(rooms, (sizes[i], -1))
-        if at == len(rooms): room, row = capacity, len(rows); rows.append([])
-        else: room, row = rooms.pop(at)
-        rows[row].append(i)
-        bisect.insort(rooms, (room - sizes[i], row))
-    return rows
 
 # %% ../../nbs/50_sft.ipynb #9948cfa4
 Array = Any  # a NumPy array on its way in, a JAX array inside the program
@@ -146,6 +130,19 @@ def _asked(weights: np.ndarray) -> np.ndarray:  # (k, R, T) -> (k, A)
     out = np.full((len(flat), min(flat.shape[1], _near(max(64, int((flat != 0).sum(1).max()))))), flat.shape[1], np.int32)
     for row, w in zip(out, flat): row[:(w != 0).sum()] = np.flatnonzero(w)
     return out
+
+# %% ../../nbs/50_sft.ipynb #4bb9b2f9
+def self_made(e: SelfMade) -> Text:
+    "Lay out a self-made example: masked tokens where its targets are labels, else the targets after the inputs, which see each other in both directions. Raises `BadInput` for fewer than two tokens."
+    if e.task in ("mlm", "span_mlm"): return masked(np.where(e.targets == -100, e.inputs, e.targets).tolist(), e.inputs.tolist(), (e.targets != -100).tolist())
+    ahead = 0 if e.task == "fim" else len(e.inputs)  # a hole is filled by a model that reads from left to right, and learns all of the text
+    return next_token(np.concatenate([e.inputs, e.targets]), prefix=ahead)
+
+
+def packed_batch(p: Packed) -> Batch:  # (R, T)
+    "Lay out packed texts for next-token prediction within each text; every token that counts has the same share."
+    w = p.counts().astype(np.float32)
+    return Batch(p.ids, np.roll(p.ids, -1, 1), w / max(w.sum(), 1), np.zeros(w.shape, bool), p.owner, p.positions, {})
 
 # %% ../../nbs/50_sft.ipynb #33216ef9
 def may_look(

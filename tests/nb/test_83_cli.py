@@ -70,6 +70,9 @@ def test_exit_codes_and_messages():
         (("train", "--preset", "zoo"), 2, "unknown preset 'zoo'"),
         (("train", "--model", "stub", "--out", d + "/t"), 2, "needs a local model"),
         (("cat", "--n", "0", "--model", "stub", "--out", d + "/e"), 2, "at least one task"),
+        (("augment", "--by", "nombers", "--out", d + "/f"), 2, "unknown augmenter 'nombers'"),
+        (("augment", "--by", "rephrase", "--out", d + "/f"), 2, "asks a model"),
+        (("augment", "--tasks", "nope.jsonl", "--out", d + "/f"), 2, "neither a file"),
     ]:
         got, _, err = run_main(*argv)
         assert got == code and words in err and "Traceback" not in err, (argv, got, err)
@@ -81,3 +84,22 @@ def test_the_screen_names_the_files():
     code, out, err = run_main("cat", "--model", "stub", "--n", "3", "--rollouts", "4", "--estimators", "synthesis,majority", "--out", d)
     assert code == 0 and "12 rows: 12 ok" in out and "report.html" in out and "synthesis" in out
     assert run_main("doctor", d)[0] == 0 and "completion" in run_main("doctor", d)[1]
+
+
+def test_augmenting_resumes_and_its_tasks_are_tasks():
+    import tempfile
+    from synthlab.lm.backends import OPENERS, Stub
+    from synthlab.tasks import load_tasks
+    d = tempfile.mkdtemp()
+    ask = ("augment", "--tasks", "chain_sum", "--config", "min_terms=2,max_terms=2", "--n", "6", "--by", "numbers,whitespace,rephrase", "--copies", "2", "--model", "stub", "--keep-unknown", "--out", d)
+    code, out, err = run_main(*ask)
+    assert code == 0 and "36 rows: " in out and "whitespace" in out and "tasks.jsonl" in out, out + err
+    first = Path(d, "tasks.jsonl").read_bytes()
+    made = load_tasks(Path(d, "tasks.jsonl"))
+    assert {t.meta["augmented"]["by"] for t in made} >= {"numbers", "whitespace"} and all(t.answer for t in made)
+    OPENERS["stub"], real = (lambda rest, **kw: Stub(lambda req: 1 / 0)), OPENERS["stub"]
+    try: assert run_main(*ask)[0] == 0 and Path(d, "tasks.jsonl").read_bytes() == first, "a second run asks no model"
+    finally: OPENERS["stub"] = real
+    OPENERS["stub"] = lambda rest, **kw: Stub(lambda req: 1 / 0)
+    try: assert run_main(*ask[:-1], tempfile.mkdtemp())[0] == 1, "calls that fail are failed rows, and the exit code says so"
+    finally: OPENERS["stub"] = real
