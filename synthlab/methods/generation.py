@@ -8,7 +8,8 @@ __all__ = ['SEEDS', 'PERSONAS', 'AUDIENCES', 'FORMATS', 'T', 'F', 'Check', 'RECI
            'recipe', 'make_recipe', 'clean_task', 'self_instruct', 'persona', 'magpie', 'evol_instruct', 'parses',
            'oss_instruct', 'back_translation', 'Supported', 'grounded', 'grounded_qa', 'cosmopedia', 'dialogue',
            'preference', 'run_call', 'uses_result', 'tool_use', 'Rules', 'repeated_share', 'faults', 'Row',
-           'Generation', 'to_preferences', 'Line', 'generate', 'distinct', 'squeeze', 'yield_table', 'reject_table']
+           'Generation', 'to_preferences', 'Line', 'generate', 'checked_recipes', 'distinct', 'squeeze', 'yield_table',
+           'reject_table']
 
 # %% ../../nbs/42_generation.ipynb #a23f5405
 import ast, inspect, json, re, zlib
@@ -205,7 +206,7 @@ def self_instruct(rng: np.random.Generator, env: Env, shown: int = 8, own: int =
     mine = _sample(rng, env.made, own)
     tasks = _sample(rng, [*_sample(rng, env.material.seeds, shown - len(mine)), *mine], shown)
     listed = "\n".join(f"{i}. {t}" for i, t in enumerate(tasks, 1))
-    task = clean_task((yield ask(f"Here are tasks that people gave to an assistant.\n\n{listed}\n\nWrite one more task, on another subject and of another kind.{env.wish} Reply with the task only."))).split("\n")[0]
+    task = clean_task((yield ask(f"Here are tasks that people gave to an assistant.\n\n{listed}\n\nWrite one more task, on another subject and of another kind.{env.wish} Reply with the task only, on one line.", line=True)))
     return pair(task, (yield env.solve(task)), shown=len(tasks), own=len(mine))
 
 @recipe("persona", ("personas",))
@@ -486,12 +487,12 @@ class Line:
         status, reason = t.end or ("failed", "no end")
         if status != "ok": return Row(how.name, i, cell, status, reason, None, t.usage)
         d: Draft = t.result
-        status, reason = next(faults(d, env, self.rules, how.checks), None) or self._new(d)
         meta = {**d.meta, "recipe": how.name, "row": i, "seed": t.seed, "model": model_id(self.purse.lm), **({"cell": dict(cell)} if cell else {})}
+        status, reason = next(faults(d, env, self.rules, how.checks), None) or self.take(d, meta)
         return Row(how.name, i, cell, status, reason, Example(content_id(list(d.messages), how.name), d.messages, f"generation/{how.name}", meta), t.usage)
 
-    def _new(self, d: Draft) -> tuple[str, str]:
-        "Accept a draft that is new, and remember it."
+    def take(self, d: Draft, meta: dict[str, Any]) -> tuple[str, str]:  # status and reason
+        "Accept a draft that is new, and remember it. `meta`, its lineage, may be added to."
         text = d.new or d.task
         if (like := self.pool.find(text)) is not None: return "filtered", "seen before" if like[1] == 1 else "too like an earlier one"
         self.pool.add(text)
@@ -517,7 +518,7 @@ def generate(
     progress: bool = True,
 ) -> Generation:
     "Write examples and account for every row. Raises `BadInput` for an unknown recipe, lacking material, or a model that cannot serve a recipe."
-    how = _checked(recipes, n, lm, material, block)
+    how = checked_recipes(recipes, n, lm, material, block)
     purse = Purse(lm, budget, Store(store) if isinstance(store, (str, Path)) else store, concurrency)
     line, rows = Line(purse, material, rules, Sampling(temperature, top_p, max_tokens=max_tokens), seed), []
     slots: list[Slot] = [(h, i, {}) for i in range(n) for h in how]
@@ -527,7 +528,7 @@ def generate(
             bar.update(len(rows) - bar.n)
     return Generation(tuple(rows), purse.spent, purse.cost)
 
-def _checked(recipes: Sequence[str | Recipe], n: int, lm: LM, material: Material, block: int) -> list[Recipe]:
+def checked_recipes(recipes: Sequence[str | Recipe], n: int, lm: LM, material: Material, block: int) -> list[Recipe]:
     "The recipes of a call that can be carried out."
     if isinstance(recipes, str) or not recipes: raise BadInput(f"recipes is a list of names, such as ['self_instruct', 'magpie'], got {recipes!r}")
     if n < 1 or block < 1: raise BadInput(f"n and block are at least 1, got {n} and {block}")

@@ -23,7 +23,9 @@ def test_conversations_end_apart_from_each_other():
     def script(req):
         text = req.messages[-1]["content"]
         if text == "boom": raise OSError("no route")
-        return {"empty": " ", "long": "a b c d e f"}.get(text, text.upper() + " ")
+        return {"empty": " ", "long": "a b c d e f", "lines": "first line\nsecond line that is long"}.get(text, text.upper() + " ")
+    def one_line():
+        return (yield ask("lines", line=True))
     def lead(*asking, send=None, **sampling):
         talks, sizes = [Talk(a, i) for i, a in enumerate(asking)], []
         converse(talks, send or (lambda reqs: (sizes.append(len(reqs)), complete_all(Stub(script), reqs))[1]), Sampling(**sampling))
@@ -32,6 +34,7 @@ def test_conversations_end_apart_from_each_other():
     assert ends == [("B", "ok", ""), (None, "failed", "OSError: no route"), (None, "filtered", "why not"), (None, "failed", "ValueError: bad"), (None, "filtered", "empty reply"), (None, "filtered", "the reply was cut off")]
     assert sizes == [5, 1] and [t.usage.calls for t in talks] == [2, 0, 0, 1, 1, 1], "five first questions in one go, then what is left"
     assert lead(talk("a"), talk("b"), send=lambda reqs: [*complete_all(Stub(script), reqs[:1]), None])[0] == [("A", "ok", ""), (None, "unknown", "the budget is spent")]
+    assert lead(one_line(), max_tokens=4)[0] == [("first line", "ok", "")] and lead(one_line(), max_tokens=1)[0] == [(None, "filtered", "the reply was cut off")], "what comes after the line does not matter"
     seeds = []
     lead(talk("a", "a"), talk("a", "a"), send=lambda reqs: (seeds.extend(r.seed for r in reqs), complete_all(Stub(script), reqs))[1])
     assert len(set(seeds)) == 4, "every question draws anew"

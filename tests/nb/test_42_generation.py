@@ -179,7 +179,9 @@ def test_what_the_document_does_not_say_is_rejected():
 
 def test_recipes_give_up_for_the_stated_reasons():
     def ended(name, script, material=GIVEN, **options): r = generate([make_recipe(name, **options)], 1, Stub(script), material=material, progress=False).rows[0]; return r.status, r.reason
-    says = lambda *replies: lambda req, said=iter(replies): next(said)
+    def says(*replies):
+        left = list(replies)
+        return lambda req: left.pop(0)
     task, verdict = "Explain why swifts sleep in the air.", '{"reason": "r", "verdict": "%s"}'
     assert ended("evol_instruct", says("Here is a new version of the task for you.")) == ("filtered", "the rewriting leaks") and ended("evol_instruct", lambda req: req.messages[-1]["content"].split("\n\n")[1]) == ("filtered", "the task did not change")
     assert ended("back_translation", says(task, verdict % 5)) == ("ok", "") and ended("back_translation", says(task, verdict % 4)) == ("filtered", "graded too low") and ended("back_translation", says(task, "good")) == ("unknown", "no grade could be read") and ended("back_translation", says(task, verdict % 4), keep=4) == ("ok", "")
