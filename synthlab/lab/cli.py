@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'app', 'Out', 'RunFolder', 'RunSettings', 'parse_config', 'open_run', 'read_run', 'sample_run',
-           'run_cat', 'summary_table', 'cat', 'score', 'report', 'train', 'examine', 'doctor', 'main']
+           'run_cat', 'summary_table', 'cat', 'score', 'report', 'generate', 'train', 'examine', 'doctor', 'main']
 
 # %% ../../nbs/83_cli.ipynb #f7e0f470
 import importlib.metadata, importlib.util, json, platform, shutil, sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 import typer
@@ -231,6 +231,39 @@ def report(run: RunFolder) -> None:
     "Write a run's report, data set and tables again from its journal."
     run_cat(run, read_run(run))
     typer.echo(f"report: {run / 'report.html'}")
+
+# %% ../../nbs/83_cli.ipynb #9b00225d
+@app.command()
+def generate(
+    recipes: Annotated[str, typer.Argument(help="Comma-separated recipes: self_instruct, evol_instruct, magpie, persona, back_translation, grounded_qa, cosmopedia, dialogue, preference.")] = "self_instruct,evol_instruct,persona",
+    out: Out = Path("runs/generate"),
+    n: Annotated[int, typer.Option(help="Rows of each recipe; with --domain, examples wanted.")] = 20,
+    model: Annotated[str, typer.Option(help="The writer: embedded, hf:..., gguf:..., openai:..., anthropic:..., replay:..., stub.")] = "embedded",
+    domain: Annotated[str, typer.Option(help="A pack in place of recipes: mathematics, science, health, law, safety.")] = "",
+    documents: Annotated[Path | None, typer.Option(help="Folder of .txt and .md files, for recipes and packs that need documents.")] = None,
+    language: Annotated[str, typer.Option(help="Code such as en: rows in another language are filtered.")] = "",
+    tokens: Annotated[int, typer.Option(help="Budget of tokens read and written; 0: no limit.")] = 0,
+    seed: int = 0,
+    temperature: float = 0.8,
+    max_tokens: int = 256,
+) -> None:
+    "Write examples with a model, check every draft, and account for every row."
+    from synthlab.lm.backends import load_lm
+    from synthlab.lm.conversations import Budget
+    from synthlab.methods import domains, generation as g
+    material = g.Material(documents=domains.read_folder(documents) if documents else {})
+    options: dict[str, Any] = dict(budget=Budget(tokens=tokens) if tokens else None, store=out, seed=seed, temperature=temperature, max_tokens=max_tokens)
+    if domain:
+        pack = domains.pack(domain)
+        made = domains.generate_domain(replace(pack, material=material, rules=replace(pack.rules, language=language)), n, load_lm(model), **options)
+        found = made.found
+    else: made, found = None, g.generate([r.strip() for r in recipes.split(",") if r.strip()], n, load_lm(model), material=material, rules=g.Rules(language=language), **options)
+    files = domains.write_domain(out, domain, made) if made and made.examples else atomic_write(out / "train.jsonl", "".join(canonical_json(g.example_row(e)) + "\n" for e in found.examples))
+    rejects = g.reject_table(found)
+    atomic_write(out / "rejects.csv", rejects.to_csv(index=False))
+    _print_frame(g.yield_table(found)[["recipe", "rows", "ok", "filtered", "failed", "unknown", "yield", "calls", "tokens per ok", "distinct-2"]])
+    typer.echo(f"{found.accounting}\ntokens: {found.spent.prompt_tokens} read, {found.spent.completion_tokens} written\nexamples: {files}\nrejects: {out / 'rejects.csv'}")
+    if found.accounting["failed"] or not found.examples: raise typer.Exit(1)
 
 # %% ../../nbs/83_cli.ipynb #bd02f4a9
 @app.command()

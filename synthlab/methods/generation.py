@@ -8,8 +8,8 @@ __all__ = ['SEEDS', 'PERSONAS', 'AUDIENCES', 'FORMATS', 'T', 'F', 'Check', 'RECI
            'recipe', 'make_recipe', 'clean_task', 'self_instruct', 'persona', 'magpie', 'evol_instruct', 'parses',
            'oss_instruct', 'back_translation', 'Supported', 'grounded', 'grounded_qa', 'cosmopedia', 'dialogue',
            'preference', 'run_call', 'uses_result', 'tool_use', 'Rules', 'repeated_share', 'faults', 'Row',
-           'Generation', 'to_preferences', 'Line', 'generate', 'checked_recipes', 'distinct', 'squeeze', 'yield_table',
-           'reject_table']
+           'Generation', 'example_row', 'to_preferences', 'Line', 'generate', 'checked_recipes', 'distinct', 'squeeze',
+           'yield_table', 'reject_table']
 
 # %% ../../nbs/42_generation.ipynb #a23f5405
 import ast, inspect, json, re, zlib
@@ -459,6 +459,10 @@ class Generation:
     def examples(self) -> list[Example]:
         "The accepted examples."
         return [r.example for r in self.rows if r.status == "ok" and r.example is not None]
+
+def example_row(e: Example) -> dict:
+    "An example as one JSON row."
+    return {"id": e.id, "messages": list(e.messages), "source": e.source, "lineage": e.lineage}
 
 def to_preferences(examples: Sequence[Example]) -> list[tuple[list[Message], str, str]]:
     "Preference pairs as `dpo` takes them: (messages, chosen, rejected). Examples without a rejected reply are left out."

@@ -68,9 +68,9 @@ def by_instructions(
     values: Mapping[str, Sequence[Mapping]],  # value -> instructions that its replies follow; an empty list fits everything
 ) -> Callable[[Draft], str | None]:
     "A measure: the first value whose instructions the reply follows. Raises `BadInput` for instructions that cannot be used."
-    for given in values.values(): follow_instructions("text", given)
+    for instructions in values.values(): follow_instructions("text", instructions)
     def measure(draft: Draft) -> str | None:
-        return next((v for v, given in values.items() if all(x.value is True for x in follow_instructions(draft.reply, given))), None)
+        return next((v for v, wanted in values.items() if all(x.value is True for x in follow_instructions(draft.reply, wanted))), None)
     return measure
 
 # %% ../../nbs/48_specification.ipynb #416fa847

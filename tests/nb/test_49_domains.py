@@ -14,7 +14,7 @@ from synthlab.checks.verify import extract_answer, verify
 from synthlab.core import BadInput, Criterion, Example, Rubric, Verdict, atomic_write, canonical_json
 from synthlab.lm.backends import LM
 from synthlab.lm.conversations import Asking, Skip, ask
-from synthlab.methods.generation import Draft, Env, Material, Recipe, Rules, clean_task, grounded, grounded_qa, make_recipe, pair
+from synthlab.methods.generation import Draft, Env, Material, Recipe, Rules, clean_task, example_row, grounded, grounded_qa, make_recipe, pair
 from synthlab.methods.specification import Axis, Filled, Specification, fill
 from pydantic import BaseModel, ConfigDict
 
