@@ -14,7 +14,7 @@ from servers import chat, error, faulty
 from synthlab.core import BadInput
 from synthlab.lm.backends import Stub, load_lm
 from synthlab.lm.conversations import Budget
-from synthlab.methods.generation import RECIPES, Material, Tool, generate
+from synthlab.methods.generation import RECIPES, Material, Pool, Tool, generate, rouge_l, rouge_words
 
 ROOT = Path(__file__).parent.parent
 WORDS = "amber basalt cedar delta ember fjord granite harbour indigo juniper kelp lagoon marble nectar orchid pebble".split()
@@ -38,14 +38,14 @@ RUN = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from test_generation import GIVEN, RECIPES, Budget, Stub, generate, script
-found = generate(list(RECIPES), 8, Stub(script, delay=.004), material=GIVEN, block=24, concurrency=2, store=sys.argv[1], budget=Budget(tokens=9000, in_flight=4), progress=False)
+found = generate(list(RECIPES), 8, Stub(script, delay=.004), material=GIVEN, block=24, concurrency=2, store=sys.argv[1], budget=Budget(tokens=6000, in_flight=4), progress=False)
 print(found.accounting, found.spent)
 """
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_at_random_moments_and_resumed_is_uninterrupted(tmp_path, seed):
-    budget = Budget(tokens=9000, in_flight=4)
+    budget = Budget(tokens=6000, in_flight=4)
     whole = generate(list(RECIPES), 8, Stub(script), material=GIVEN, block=24, budget=budget, progress=False)
     env, rng, kills = {**os.environ, "PYTHONPATH": str(ROOT)}, random.Random(seed), 0
     for _ in range(40):
@@ -87,3 +87,13 @@ def test_a_server_that_fails_fails_rows_and_the_next_run_tries_them_again(tmp_pa
         second = generate(["persona", "dialogue"], 12, lm, store=tmp_path, progress=False)
         assert second.accounting["failed"] == 0 and len(s.bodies) > before
         assert all(a == b for a, b in zip(first.rows, second.rows) if a.status == "ok" and a.recipe == "persona"), "what was there is kept"
+
+
+def test_decisions_are_those_of_rouge_score():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+    words, rng = "Write explain LIST three 5 ways, causes of the war; peace bread-crumbs in_detail (for a child's play)?".split(), random.Random(2)
+    texts = [" ".join(rng.choices(words, k=rng.randint(1, 40))) for _ in range(120)]
+    same = [(scorer.score(a, b)["rougeL"].fmeasure, rouge_l(rouge_words(a), rouge_words(b))) for a in texts for b in texts]
+    assert all(x == y for x, y in same) and 100 < sum(x > .7 for x, _ in same) < 10_000, "to the last bit"
+    pool = Pool(texts[:60])
+    assert [pool.find(t) is not None for t in texts[60:]] == [any(scorer.score(a, t)["rougeL"].fmeasure > .7 for a in texts[:60]) for t in texts[60:]]

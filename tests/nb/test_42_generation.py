@@ -69,16 +69,6 @@ def test_a_pool_decides_as_if_it_compared_everything():
     assert Pool(["Слово о полку Игореве"]).find("слово о  полку игореве") == (0, 1.0) and Pool(["用三句话解释光合作用"]).find("用三句话解释呼吸作用")[1] > .79, "other scripts count too"
 
 
-def test_decisions_are_those_of_rouge_score():
-    import pytest
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
-    words = "Write explain LIST three 5 ways, causes of the war; peace bread-crumbs in_detail (for a child's play)?".split()
-    rng = np.random.default_rng(2)
-    texts = [" ".join(rng.choice(words, rng.integers(1, 40))) for _ in range(120)]
-    same = [(scorer.score(a, b)["rougeL"].fmeasure, rouge_l(rouge_words(a), rouge_words(b))) for a in texts for b in texts]
-    assert all(x == y for x, y in same) and 100 < sum(x > .7 for x, _ in same) < 10_000, "to the last bit"
-
-
 def test_every_fault_is_found_and_nothing_else():
     def what(task, reply, **rules): return next(faults(pair(task, reply), Env(Material()), Rules(**rules)), None)
     good = ("Name three birds of prey.", "Eagles, hawks and falcons are birds of prey.")
