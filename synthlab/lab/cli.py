@@ -250,7 +250,8 @@ def generate(
     "Write examples with a model, check every draft, and account for every row."
     from synthlab.lm.backends import load_lm
     from synthlab.lm.conversations import Budget
-    from synthlab.methods import domains, generation as g
+    import synthlab.methods.domains as domains
+    import synthlab.methods.generation as g
     material = g.Material(documents=domains.read_folder(documents) if documents else {})
     options: dict[str, Any] = dict(budget=Budget(tokens=tokens) if tokens else None, store=out, seed=seed, temperature=temperature, max_tokens=max_tokens)
     if domain:

@@ -124,8 +124,8 @@ class Filled:
     @property
     def distance(self) -> float:  # in [0, 1]; NaN when nothing was accepted
         "Total variation distance between the wanted and the accepted shares."
-        t = self.table
-        return float(np.abs(t["wanted"] / t["wanted"].sum() - t["accepted"] / t["accepted"].sum()).sum() / 2) if t["accepted"].sum() else float("nan")
+        wanted, came = self.table["wanted"].to_numpy(float), self.table["accepted"].to_numpy(float)
+        return float(np.abs(wanted / wanted.sum() - came / came.sum()).sum() / 2) if came.any() else float("nan")
 
 # %% ../../nbs/48_specification.ipynb #16e9280c
 def fill(
