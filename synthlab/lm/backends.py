@@ -204,9 +204,11 @@ def _recorded(path: Path) -> dict[str, dict]:
 def record(
     store: Store,  # the journal of a run
     path: str | Path,  # .jsonl file to write
+    tokens: bool = True,  # with token ids and log-probabilities, which are most of the file
 ) -> Path:
     "Write all completions of a journal to one text file that `Replay` can read."
-    lines = [canonical_json(to_dict({"key": k, **row})) for k, row in store.rows("completion").items()]
+    slim = {} if tokens else {"token_ids": None, "logprobs": None}
+    lines = [canonical_json(to_dict({"key": k, **row, **slim})) for k, row in store.rows("completion").items()]
     return atomic_write(path, "\n".join(lines) + "\n")
 
 # %% ../../nbs/10_backends.ipynb #7ce6a4fd

@@ -100,11 +100,18 @@ class TextModel(ModelFolder):
         return new
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        "Token ids of a prompt, up to where the assistant's reply begins; without a chat template, the texts stand one below the other."
+        "Token ids of a prompt, up to where the reply begins: the assistant's, or the user's own when the last message is the user's and empty. Without a chat template, the texts stand one below the other."
         messages = as_messages(messages)
         if self.tokenizer.chat_template:
+            if messages and messages[-1] == {"role": "user", "content": ""}: return self._open_turn(messages)
             return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
         return list(self.tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"])
+
+    def _open_turn(self, messages: Sequence[Message]) -> list[int]:
+        "Token ids up to where the content of the last message would stand."
+        mark = "\u241esynthlab\u241e"
+        text = self.tokenizer.apply_chat_template([*messages[:-1], {**messages[-1], "content": mark}], tokenize=False)
+        return list(self.tokenizer(text[:text.index(mark)], add_special_tokens=False)["input_ids"])
 
     def encode_reply(self, text: str) -> list[int]:
         "Token ids of a reply's text."

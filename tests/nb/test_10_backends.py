@@ -60,6 +60,8 @@ def test_a_replay_says_what_was_said_and_nothing_else():
     lm, reqs, folder = Stub(), [Request("2 + 1 = ?", seed=s) for s in range(5)], tempfile.mkdtemp()
     store = Store(folder)
     store.put("completion", {completion_key(model_id(lm), reqs[i]): {"model": model_id(lm), **vars(c)} for i, c in lm.complete(reqs)})
+    slim = Replay(record(store, folder + "/slim.jsonl", tokens=False))
+    assert [c.text for _, c in slim.complete(reqs)] == replies(lm, reqs) and all(c.token_ids is c.logprobs is None and c.usage.calls for _, c in slim.complete(reqs))
     for source in (folder, record(store, folder + "/said.jsonl")):
         again = Replay(source)
         assert replies(again, reqs) == replies(lm, reqs) and model_id(again) == model_id(lm)

@@ -86,6 +86,11 @@ def test_a_stop_text_gives_the_same_completion_at_every_concurrency():
     assert {c.finish_reason for c in by_width[0].values()} == {"stop", "length"}
 
 
+def test_an_empty_user_turn_is_left_open():
+    open_, closed = (lm.tokenizer.decode(lm.encode([{"role": "system", "content": "S"}, {"role": "user", "content": c}])) for c in ("", "hello"))
+    assert closed.startswith(open_ + "hello") and open_.endswith("user\n") and "assistant" not in open_
+
+
 def test_a_prompt_too_long_fails_alone():
     long, short = (Request(q, Sampling(temperature=0, max_tokens=24)) for q in ("word " * 9000, "Hi"))
     done = dict(lm.complete([long, short]))

@@ -3,7 +3,7 @@ import pytest
 
 import importlib.metadata, importlib.util, json, platform, shutil, sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 import typer
@@ -84,6 +84,20 @@ def test_the_screen_names_the_files():
     code, out, err = run_main("cat", "--model", "stub", "--n", "3", "--rollouts", "4", "--estimators", "synthesis,majority", "--out", d)
     assert code == 0 and "12 rows: 12 ok" in out and "report.html" in out and "synthesis" in out
     assert run_main("doctor", d)[0] == 0 and "completion" in run_main("doctor", d)[1]
+
+
+def test_generating_resumes_and_says_what_it_cost():
+    import tempfile
+    d = tempfile.mkdtemp()
+    argv = ("generate", "persona,dialogue", "--model", "stub", "--n", "3", "--out", d)
+    code, out, err = run_main(*argv)
+    assert code in (0, 1) and "6 rows" in out and "tokens: " in out and "rejects.csv" in out and (Path(d) / "train.jsonl").exists()
+    before = {p.name: p.read_bytes() for p in Path(d).glob("*.*") if "journal" not in p.name}
+    assert run_main(*argv)[:2] == (code, out) and before == {p.name: p.read_bytes() for p in Path(d).glob("*.*") if "journal" not in p.name}
+    assert "the budget is spent" in run_main("generate", "persona", "--model", "stub", "--n", "40", "--tokens", "50", "--out", d + "/b")[1]
+    for argv, words in ((("generate", "poetry"), "unknown recipe 'poetry'"), (("generate", "--domain", "law"), "needs documents"), (("generate", "--domain", "cooking"), "unknown domain"), (("generate", "--documents", d + "/none"), "no .txt or .md"), (("generate", "--n", "0"), "at least 1")):
+        code, _, err = run_main(*argv, "--model", "stub", "--out", d + "/c")
+        assert code == 2 and words in err, (argv, err)
 
 
 def test_augmenting_resumes_and_its_tasks_are_tasks():
