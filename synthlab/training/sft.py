@@ -188,8 +188,9 @@ def packed_logprobs(
     f = lambda x, y: token_logprobs(x, params.output, y, dtype=(up.base if isinstance(up, Adapted) else up).dtype)
     hidden, targets = h.reshape(-1, h.shape[-1]), jnp.asarray(batch.targets).reshape(-1)
     if batch.asked is None: return tuple(a.reshape(h.shape[:2]) for a in row_blocks(f, 1024, hidden, targets))
-    found = row_blocks(f, 1024, *(a.at[batch.asked].get(mode="clip") for a in (hidden, targets)))
-    return tuple(jnp.zeros(len(targets)).at[batch.asked].add(a, mode="drop").reshape(h.shape[:2]) for a in found)
+    lp, entropy = row_blocks(f, 1024, *(a.at[batch.asked].get(mode="clip") for a in (hidden, targets)))
+    put = lambda a: jnp.zeros(len(targets)).at[batch.asked].add(a, mode="drop").reshape(h.shape[:2])
+    return put(lp), put(entropy)
 
 # %% ../../nbs/50_sft.ipynb #f0050bc1
 Loss = Callable[[Params, Batch, Any], tuple[jax.Array, dict[str, jax.Array]]]  # (params, batch, held) -> (value, sums to report)
