@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 WORDS = "amber basalt cedar delta ember fjord granite harbour indigo juniper kelp lagoon marble nectar orchid pebble".split()
 DOCS = {"swifts": "Swifts sleep in the air. They climb to 2000 metres and glide down slowly.\n\nA young swift leaves the nest after 42 days."}
 TOOLS = (Tool("add", "Adds two numbers.", {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]}, lambda a, b: a + b),)
+NAMES = [name for name, r in RECIPES.items() if r.write.__module__ == "synthlab.methods.generation"]  # other pages may have added theirs in this process
 GIVEN = Material(documents=DOCS, code=("def f(x):\n    return x + 1",), tools=TOOLS)
 
 
@@ -37,8 +38,8 @@ def script(req): return reply(req.messages[-1]["content"], req.seed)
 RUN = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from test_generation import GIVEN, RECIPES, Budget, Stub, generate, script
-found = generate(list(RECIPES), 8, Stub(script, delay=.004), material=GIVEN, block=24, concurrency=2, store=sys.argv[1], budget=Budget(tokens=6000, in_flight=4), progress=False)
+from test_generation import GIVEN, NAMES, Budget, Stub, generate, script
+found = generate(NAMES, 8, Stub(script, delay=.004), material=GIVEN, block=24, concurrency=2, store=sys.argv[1], budget=Budget(tokens=6000, in_flight=4), progress=False)
 print(found.accounting, found.spent)
 """
 
@@ -46,7 +47,7 @@ print(found.accounting, found.spent)
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_at_random_moments_and_resumed_is_uninterrupted(tmp_path, seed):
     budget = Budget(tokens=6000, in_flight=4)
-    whole = generate(list(RECIPES), 8, Stub(script), material=GIVEN, block=24, budget=budget, progress=False)
+    whole = generate(NAMES, 8, Stub(script), material=GIVEN, block=24, budget=budget, progress=False)
     env, rng, kills = {**os.environ, "PYTHONPATH": str(ROOT)}, random.Random(seed), 0
     for _ in range(40):
         p = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path / "run"), str(ROOT / "tests")], stdout=subprocess.PIPE, text=True, env=env)
@@ -59,7 +60,7 @@ def test_killed_at_random_moments_and_resumed_is_uninterrupted(tmp_path, seed):
         break
     assert out.strip() == f"{whole.accounting} {whole.spent}"
     dead = Stub(lambda req: 1 / 0)
-    again = generate(list(RECIPES), 8, dead, material=GIVEN, block=24, budget=budget, store=tmp_path / "run", progress=False)
+    again = generate(NAMES, 8, dead, material=GIVEN, block=24, budget=budget, store=tmp_path / "run", progress=False)
     assert again.rows == whole.rows and again.spent == whole.spent and dead.calls == 0, "everything that was paid for is there"
     assert whole.accounting["unknown"] > 0 and whole.accounting["ok"] > 5
 
