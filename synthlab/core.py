@@ -241,6 +241,13 @@ class Accounting:
         by = self.counts.setdefault(status, {})
         by[reason] = by.get(reason, 0) + 1
 
+    @classmethod
+    def of(cls, outcomes: Iterable[tuple[str, str]]) -> "Accounting":
+        "Count (status, reason) pairs."
+        acc = cls()
+        for status, reason in outcomes: acc.add(status, reason)
+        return acc
+
     def __getitem__(self, status: str) -> int: return sum(self.counts.get(status, {}).values())
 
     @property

@@ -256,10 +256,7 @@ class Augmentation:
     keep_unknown: bool = False
 
     @property
-    def accounting(self) -> Accounting:
-        acc = Accounting()
-        for r in self.rows: acc.add(r.status, r.reason)
-        return acc
+    def accounting(self) -> Accounting: return Accounting.of((r.status, r.reason) for r in self.rows)
 
     @property
     def tasks(self) -> list[Task]:

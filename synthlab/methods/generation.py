@@ -450,10 +450,7 @@ class Generation:
     cost: float = float("nan")  # in the currency of the prices; NaN without
 
     @property
-    def accounting(self) -> Accounting:
-        acc = Accounting()
-        for r in self.rows: acc.add(r.status, r.reason)
-        return acc
+    def accounting(self) -> Accounting: return Accounting.of((r.status, r.reason) for r in self.rows)
 
     @property
     def examples(self) -> list[Example]:

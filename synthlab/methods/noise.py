@@ -201,12 +201,16 @@ def _rejoin(before: Sequence[str], after: Sequence[str]) -> str:
     return text
 
 # %% ../../nbs/46_noise.ipynb #4dc59c96
+def _free_words(task: Task) -> tuple[list[str], list[tuple[int, int]], list[int]]:
+    "The clusters of a question, where its words lie, and which words carry no number."
+    cs = clusters(task_text(task))
+    spans = _word_spans(cs)
+    return cs, spans, [k for k, (a, b) in enumerate(spans) if not _fixed("".join(cs[a:b]))]
+
 @augmenter("word_swap", ("label", "numbers", "words"))
 def word_swap(task: Task, rng: np.random.Generator, env: Env, rate: float = .1) -> Draft:
     "Exchange pairs of words that carry no number (EDA)."
-    cs = clusters(task_text(task))
-    spans = _word_spans(cs)
-    free = [k for k, (a, b) in enumerate(spans) if not _fixed("".join(cs[a:b]))]
+    cs, spans, free = _free_words(task)
     if len(free) < 2: raise Skip("nothing to change")
     words, order = [cs[a:b] for a, b in spans], rng.permutation(free).astype(int).tolist()
     for _ in range(max(1, round(rate * len(spans) / 2))):
@@ -220,9 +224,7 @@ def word_swap(task: Task, rng: np.random.Generator, env: Env, rate: float = .1) 
 @augmenter("word_delete", ("label", "numbers", "length"))
 def word_delete(task: Task, rng: np.random.Generator, env: Env, rate: float = .1) -> Draft:
     "Delete words that carry no number (EDA)."
-    cs = clusters(task_text(task))
-    spans = _word_spans(cs)
-    free = [k for k, (a, b) in enumerate(spans) if not _fixed("".join(cs[a:b]))]
+    cs, spans, free = _free_words(task)
     if len(spans) < 2 or not free: raise Skip("nothing to change")
     gone = set(rng.permutation(free)[:max(1, round(rate * len(spans)))].astype(int).tolist())
     cut = {i for k in gone for i in range(spans[k][0], spans[k + 1][0] if k + 1 < len(spans) else spans[k][1])}

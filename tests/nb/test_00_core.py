@@ -90,6 +90,7 @@ def test_accounting_adds_up():
     acc = Accounting()
     for i in range(20): acc.add(STATUSES[i % 4], "" if i % 4 == 0 else f"r{i % 3}")
     assert acc.total == 20 and [acc[s] for s in STATUSES] == [5] * 4
+    assert Accounting.of([("ok", ""), ("filtered", "too long"), ("ok", "")]).counts == {"ok": {"": 2}, "filtered": {"too long": 1}} and Accounting.of([]).total == 0
     with pytest.raises(BadInput, match="needs a reason"): acc.add("failed")
     with pytest.raises(BadInput, match="one of"): acc.add("lost")
 
