@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 class Skip(Exception):
     "There is nothing to be had here; the text is the reason."
-    def __init__(self, reason: str, status: str = "filtered"):  # "filtered" | "unknown"
+    def __init__(self, reason: str, status: str = "filtered"):  # "filtered" | "failed" | "unknown"
         super().__init__(reason)
         self.status = status
 
@@ -55,6 +55,10 @@ class Talk:
     usage: Usage = Usage()
     turn: int = 0
 
+    def start(self) -> None:
+        "Run up to the first question."
+        self.go(lambda: next(self.asking))
+
     def go(self, step: Callable[[], Ask]) -> None:
         "Run up to the next question."
         self.open = None
@@ -76,6 +80,7 @@ class Talk:
         else: return self.go(lambda: self.asking.send(text.split("\n")[0] if enough else text))
         self.open = None
 
+# %% ../../nbs/16_conversations.ipynb #e14cf05a
 PLAIN = Sampling()
 
 def converse(
@@ -84,7 +89,7 @@ def converse(
     sampling: Sampling = PLAIN,
 ) -> None:
     "Lead all conversations to their ends: one call of `send` for each round of questions. The seed of a question is that of its conversation and turn."
-    for t in talks: t.go(lambda: next(t.asking))
+    for t in talks: t.start()
     while waiting := [(t, t.open.request(sampling, derive_seed(t.seed, t.turn))) for t in talks if t.open]:
         for (t, _), c in zip(waiting, send([r for _, r in waiting])): t.reply(c)
 
@@ -111,8 +116,8 @@ class Budget:
 class Purse:
     "Sends requests as long as the budget lasts, and keeps the bill."
 
-    def __init__(self, lm: LM, budget: Budget | None = None, store: Store | None = None, concurrency: int | None = None):
-        self.lm, self.budget, self.store, self.concurrency = lm, budget, store, concurrency
+    def __init__(self, lm: LM, budget: Budget | None = None, store: Store | None = None, concurrency: int | None = None, progress: str = ""):
+        self.lm, self.budget, self.store, self.concurrency, self.progress = lm, budget, store, concurrency, progress
         self.price, self.spent, self.requests = budget.price(lm) if budget else None, Usage(), 0
 
     @property
@@ -134,7 +139,7 @@ class Purse:
         "Complete requests in order, in batches, until the budget is spent; None for the rest."
         out: list[Completion | None] = []
         while len(out) < len(requests) and (k := self.room(requests[len(out)])):
-            got = complete_all(self.lm, requests[len(out):len(out) + k], self.store, self.concurrency)
+            got = complete_all(self.lm, requests[len(out):len(out) + k], self.store, self.concurrency, self.progress)
             self.requests += len(got)
             self.spent = sum((c.usage for c in got), self.spent)
             out += got

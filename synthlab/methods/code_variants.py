@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 import numpy as np
 from ..core import Task
-from .augment import Draft, Env, Skip, augmenter, task_text
+from ..lm.conversations import Skip
+from .augment import Draft, Env, augmenter, task_text
 
 # %% ../../nbs/48_code_variants.ipynb #a9f674b0
 def _tree_of(task: Task) -> ast.Module:

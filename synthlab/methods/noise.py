@@ -20,7 +20,8 @@ from ..checks.errors import question_numbers
 from ..checks.formats import split_sentences
 from ..core import BadInput, Task, require
 from ..lm.backends import model_id
-from .augment import Draft, Env, Skip, augmenter, task_text
+from ..lm.conversations import Skip
+from .augment import Draft, Env, augmenter, task_text
 
 # %% ../../nbs/46_noise.ipynb #cbb9694e
 def clusters(text: str) -> list[str]:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from ..checks.errors import CONSTANTS, Flow, Number, evaluate_expression, question_numbers, read_equations, trace
 from ..core import BadInput, Task, Verdict
-from .augment import Asking, Draft, Env, Skip, ask, augmenter, clean_reply, promise, rephrase, task_text
+from ..lm.conversations import Asking, Skip, ask
+from .augment import Draft, Env, augmenter, clean_reply, promise, rephrase, task_text
 from .noise import WORD, intact, sentences_of
 
 # %% ../../nbs/47_recompute.ipynb #6cac9abb
@@ -296,33 +297,32 @@ def _check_inverse(old: Task, new: Task) -> Verdict:
 SOLVE_PROMPT = "{text}\n\nThink step by step, and end with a line that says: The answer is: <answer>"
 STATE_PROMPT = "Write the question and its answer as one statement.\n\nQuestion: How much did he pay?\nAnswer: 110\nStatement: He paid 110.\n\nQuestion: {question}\nAnswer: {answer}\nStatement:"
 
-def _solve(draft: Draft) -> Asking:
+def _solve(draft: Draft) -> Asking[Draft]:
     "Ask for a solution of a draft's question."
-    solution = (yield ask(SOLVE_PROMPT.format(text=draft.text))).strip()
-    if not solution: raise Skip("empty reply")
+    solution = yield ask(SOLVE_PROMPT.format(text=draft.text))
     return replace(draft, solution=solution)
 
 # %% ../../nbs/47_recompute.ipynb #6a6976e0
 @augmenter("metamath_answers", ("label", "solved"), needs_lm=True)
-def metamath_answers(task: Task, rng: np.random.Generator, env: Env) -> Asking:
+def metamath_answers(task: Task, rng: np.random.Generator, env: Env) -> Asking[Draft]:
     "Another solution of the same question (MetaMath, answer augmentation)."
     if task.answer is None: raise Skip("no answer")
     return (yield from _solve(Draft(task_text(task))))
 
 @augmenter("metamath_rephrase", ("label", "numbers", "solved"), needs_lm=True)
-def metamath_rephrase(task: Task, rng: np.random.Generator, env: Env) -> Asking:
+def metamath_rephrase(task: Task, rng: np.random.Generator, env: Env) -> Asking[Draft]:
     "The question in other words, with a solution that must reach the old answer (MetaMath, rephrasing)."
     if task.answer is None: raise Skip("no answer")
     return (yield from _solve((yield from rephrase(task, rng, env))))
 
 # %% ../../nbs/47_recompute.ipynb #9ebf9217
 @augmenter("metamath_fobar", ("inverse", "solved"), needs_lm=True)
-def metamath_fobar(task: Task, rng: np.random.Generator, env: Env) -> Asking:
+def metamath_fobar(task: Task, rng: np.random.Generator, env: Env) -> Asking[Draft]:
     "An inverse question with a solution (MetaMath, FOBAR)."
     return (yield from _solve(fobar(task, rng, env)))
 
 @augmenter("metamath_self_verification", ("inverse", "solved"), needs_lm=True)
-def metamath_self_verification(task: Task, rng: np.random.Generator, env: Env) -> Asking:
+def metamath_self_verification(task: Task, rng: np.random.Generator, env: Env) -> Asking[Draft]:
     "An inverse question whose known answer is a statement, with a solution (MetaMath, self-verification; Weng et al. 2023)."
     text, hidden, i, program = _hide(task, rng)
     found, gap = sentences_of(text)

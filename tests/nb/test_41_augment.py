@@ -2,7 +2,7 @@
 import pytest
 
 import importlib, inspect, re, unicodedata
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,15 +13,16 @@ from tqdm.auto import tqdm
 from synthlab.checks.formal import same_numbers
 from synthlab.checks.judge import Case, judge as judge_cases
 from synthlab.checks.verify import shared_pool
-from synthlab.core import Accounting, BadInput, Example, Message, SynthlabError, Task, Usage, Verdict, content_id, derive_seed, new_task, to_dict
-from synthlab.lm.backends import LM, Request, Sampling, model_id
-from synthlab.lm.rollouts import complete_all
+from synthlab.core import Accounting, BadInput, Example, Task, Usage, Verdict, content_id, derive_seed, new_task, to_dict
+from synthlab.lm.backends import LM, Sampling, model_id
+from synthlab.lm.conversations import Asking, Budget, Purse, Skip, Talk, ask, converse
 from synthlab.scoring.groups import wilson
 from synthlab.store import Store, work_key
 
 from synthlab.methods.augment import *
 
 import pytest, tempfile, threading
+from contextlib import suppress
 import numpy as np
 from synthlab.core import BadInput, Task, new_task
 from synthlab.lm.backends import Stub
@@ -126,9 +127,34 @@ def test_faults_are_reasons_not_crashes():
     assert outcome(eggs, "rephrase", lm=Stub(lambda req: "Of 40 eggs 12 break, how many are left?")) == ("filtered", "numbers not preserved")
     assert outcome(eggs, "rephrase", lm=Stub(lambda req: "11 of 40 eggs break, how many are left?")) == ("unknown", "meaning: no judge")
     for call, message in ((lambda: augment([eggs], ["rephrase"]), "'rephrase' asks a model: pass lm="), (lambda: augment([], [louder]), "no tasks"), (lambda: augment([eggs, eggs], [louder]), "two tasks are called"),
-                          (lambda: augment([eggs], [louder, louder]), "two augmenters are called 'louder'"), (lambda: augment([eggs], "keyboard"), "a list of names"), (lambda: augment([eggs], [louder], -1), "copies is at least 0")):
+                          (lambda: augment([eggs], [louder, louder]), "two augmenters are called 'louder'"), (lambda: augment([eggs], "keyboard"), "a list of names"), (lambda: augment([eggs], [louder], -1), "copies is at least 0"),
+                          (lambda: augment([eggs], [odd(lambda task, rng, env: rephrase(task, rng, env))], progress=False), "'odd' asks a model: register it with needs_lm=True")):
         with pytest.raises(BadInput, match=message): call()
     assert augment([eggs], [louder], 0, progress=False).rows == ()
+
+
+def test_a_spent_budget_leaves_rows_unknown_and_a_resumed_run_ends_where_the_other_does():
+    from synthlab.lm.conversations import Budget
+    tasks = [new_task(f"Of {40 + i} eggs {11 + i} break. How many are left?", "29") for i in range(40)]
+    def twice(task, rng, env): return Draft((yield ask("Again:\n\n" + (yield ask("Say:\n\n" + task_text(task))))))
+    def made(limit, folder=None, lm=None, by=(Augmenter("twice", twice, ("label",), needs_lm=True), louder)): return augment(tasks, by, lm=lm or Stub(script), budget=Budget(tokens=limit, in_flight=4), store=folder, progress=False)
+    def script(req): return "In other words: " + req.messages[-1]["content"].rsplit("\n\n", 1)[1]
+    class Dies(Stub):
+        def complete(self, requests, concurrency=None):
+            for i, c in Stub.complete(self, requests, 1):
+                if self.calls >= self.last: raise KeyboardInterrupt
+                yield i, c
+    for limit in (260, 700, 1700):
+        found = made(limit)
+        used = found.usage.prompt_tokens + found.usage.completion_tokens
+        spent = [r.usage.prompt_tokens + r.usage.completion_tokens for r in found.rows]
+        assert limit <= used < limit + 4 * max(spent) and found.accounting.counts["unknown"]["the budget is spent"] > 2 and sum(r.status == "ok" for r in found.rows if r.augmenter == "louder") == 40
+        with tempfile.TemporaryDirectory() as folder:
+            for last in (3, 20, 29):
+                lm = Dies(script); lm.last = last
+                with suppress(KeyboardInterrupt): made(limit, folder, lm)
+            made(limit - 200, folder)
+            assert made(limit, folder).rows == found.rows
 
 
 def test_judges_decide_about_meaning_and_their_silence_is_unknown():

@@ -12,7 +12,8 @@ from synthlab.checks.errors import question_numbers
 from synthlab.checks.formats import split_sentences
 from synthlab.core import BadInput, Task, require
 from synthlab.lm.backends import model_id
-from synthlab.methods.augment import Draft, Env, Skip, augmenter, task_text
+from synthlab.lm.conversations import Skip
+from synthlab.methods.augment import Draft, Env, augmenter, task_text
 
 from synthlab.methods.noise import *
 

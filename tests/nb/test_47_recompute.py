@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from synthlab.checks.errors import CONSTANTS, Flow, Number, evaluate_expression, question_numbers, read_equations, trace
 from synthlab.core import BadInput, Task, Verdict
-from synthlab.methods.augment import Asking, Draft, Env, Skip, ask, augmenter, clean_reply, promise, rephrase, task_text
+from synthlab.lm.conversations import Asking, Skip, ask
+from synthlab.methods.augment import Draft, Env, augmenter, clean_reply, promise, rephrase, task_text
 from synthlab.methods.noise import WORD, intact, sentences_of
 
 from synthlab.methods.recompute import *

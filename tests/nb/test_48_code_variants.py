@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 import numpy as np
 from synthlab.core import Task
-from synthlab.methods.augment import Draft, Env, Skip, augmenter, task_text
+from synthlab.lm.conversations import Skip
+from synthlab.methods.augment import Draft, Env, augmenter, task_text
 
 from synthlab.methods.code_variants import *
 

@@ -108,6 +108,7 @@ def test_augmenting_resumes_and_its_tasks_are_tasks():
     ask = ("augment", "--tasks", "chain_sum", "--config", "min_terms=2,max_terms=2", "--n", "6", "--by", "numbers,whitespace,rephrase", "--copies", "2", "--model", "stub", "--keep-unknown", "--out", d)
     code, out, err = run_main(*ask)
     assert code == 0 and "36 rows: " in out and "whitespace" in out and "tasks.jsonl" in out, out + err
+    assert "the budget is spent" in run_main(*ask[:-1], tempfile.mkdtemp(), "--tokens", "30")[1]
     first = Path(d, "tasks.jsonl").read_bytes()
     made = load_tasks(Path(d, "tasks.jsonl"))
     assert {t.meta["augmented"]["by"] for t in made} >= {"numbers", "whitespace"} and all(t.answer for t in made)
