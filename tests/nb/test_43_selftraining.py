@@ -86,7 +86,7 @@ def test_rft_keeps_sound_paths_once_and_the_furthest_text():
 def test_filters_keep_what_they_say_and_lose_nothing():
     import pytest
     row = row_of("abcdef", [3, 5, 1, 5, 1, 2])
-    assert stays(row, (best,)) == [1] and stays(row, (extremes,)) == [1, 4] and stays(row, (comparable,)) == [0, 1, 2, 4, 5]
+    assert stays(row_of("abcd", [1, 0, 1, .5]), (right,)) == [0, 2] and stays(row, (best,)) == [1] and stays(row, (extremes,)) == [1, 4] and stays(row, (comparable,)) == [0, 1, 2, 4, 5]
     assert len(stays(row, (cap(4),))) == 4 and stays(row, (cap(4),), 1) != stays(row, (cap(4),), 2) and stays(row, (cap(9),)) == list(range(6))
     assert stays(row_of("ab", [2, 2]), (extremes, comparable)) == [] and stays(row_of("a", [2]), (comparable,)) == [], "nothing to compare"
     assert select([], (right, cap(1), best, extremes, comparable, one_per_path(), sound())) == []

@@ -50,7 +50,7 @@ def test_shares_are_divided_to_the_last_one():
         parts = apportion(weights, n)
         assert sum(parts) == n and all(abs(p - w / sum(weights) * n) < 1 + 1e-6 for p, w in zip(parts, weights))
     exact()
-    assert apportion([1, 1, 1], 10) == [4, 3, 3] and apportion([1], 0) == [0] and apportion([3, 1], 4) == [3, 1]
+    assert apportion([1, 1, 1], 10) == [4, 3, 3] and apportion([1], 0) == [0] and apportion([3, 1], 4) == [3, 1] and apportion([1, 2, 4], 3) == [0, 1, 2], "the largest remainders"
     assert sum(Specification(GRID, 61).targets.values()) == 61 and Specification(GRID, 6).targets == {("easy", "list"): 2, ("easy", "prose"): 2, ("hard", "list"): 1, ("hard", "prose"): 1}
 
 
@@ -71,6 +71,8 @@ def test_what_cannot_be_filled_is_given_up_and_said():
     empty = fill(Specification((Axis("format", {"table": 1}, by_instructions({"table": [{"kind": "json"}]})),), 5), ["plain_task"], uneven(), patience=10, progress=False)
     assert empty.rounds == 2 and empty.distance != empty.distance and empty.found.accounting.counts == {"filtered": {"no format of the specification": 10}}
     poor = fill(Specification(GRID, 60), ["plain_task"], uneven(), budget=Budget(requests=50, in_flight=8), progress=False)
+    other = fill(Specification((Axis("length", {"short": 1}, lambda draft: "long"),), 5), ["plain_task"], uneven(), patience=10, progress=False)
+    assert other.found.accounting.counts == {"filtered": {"outside the specification": 10}}
     assert poor.found.spent.calls == 50 and poor.found.accounting["unknown"] > 0 and poor.rounds == 1
 
 
