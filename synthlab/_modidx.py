@@ -1432,8 +1432,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'synthlab/methods/generation.py'),
                                              'synthlab.methods.generation.checked_recipes': ( 'generation.html#checked_recipes',
                                                                                               'synthlab/methods/generation.py'),
-                                             'synthlab.methods.generation.clean_task': ( 'generation.html#clean_task',
-                                                                                         'synthlab/methods/generation.py'),
                                              'synthlab.methods.generation.cosmopedia': ( 'generation.html#cosmopedia',
                                                                                          'synthlab/methods/generation.py'),
                                              'synthlab.methods.generation.dialogue': ( 'generation.html#dialogue',

@@ -20,8 +20,8 @@ from ..checks.judge import read_form
 from ..checks.verify import extract_answer, verify
 from ..core import BadInput, Criterion, Example, Rubric, Verdict, atomic_write, canonical_json
 from ..lm.backends import LM
-from ..lm.conversations import Asking, Skip, ask
-from .generation import Draft, Env, Material, Recipe, Rules, clean_task, example_row, grounded, grounded_qa, make_recipe, pair
+from ..lm.conversations import Asking, Skip, ask, clean_reply
+from .generation import Draft, Env, Material, Recipe, Rules, example_row, grounded, grounded_qa, make_recipe, pair
 from .specification import Axis, Filled, Specification, fill
 from pydantic import BaseModel, ConfigDict
 
@@ -87,7 +87,7 @@ def write_domain(folder: str | Path, domain: str | Domain, made: Filled) -> Path
 def _twice(kind: str, how: str):
     "A recipe that asks for a problem of the cell and for two solutions, and keeps those that agree."
     def write(rng: np.random.Generator, env: Env) -> Asking[Draft]:
-        task = clean_task((yield ask(f"Write one {how} with a single answer.{env.wish} Do not solve it. Reply with the problem only.")))
+        task = clean_reply((yield ask(f"Write one {how} with a single answer.{env.wish} Do not solve it. Reply with the problem only.")))
         end = "\n\nThink step by step, and end with a line that says: The answer is: <answer>"
         first, second = (yield env.solve(task + end)), (yield env.solve(task + end))
         found = [extract_answer(x, kind) for x in (first, second)]

@@ -13,8 +13,8 @@ from synthlab.checks.judge import read_form
 from synthlab.checks.verify import extract_answer, verify
 from synthlab.core import BadInput, Criterion, Example, Rubric, Verdict, atomic_write, canonical_json
 from synthlab.lm.backends import LM
-from synthlab.lm.conversations import Asking, Skip, ask
-from synthlab.methods.generation import Draft, Env, Material, Recipe, Rules, clean_task, example_row, grounded, grounded_qa, make_recipe, pair
+from synthlab.lm.conversations import Asking, Skip, ask, clean_reply
+from synthlab.methods.generation import Draft, Env, Material, Recipe, Rules, example_row, grounded, grounded_qa, make_recipe, pair
 from synthlab.methods.specification import Axis, Filled, Specification, fill
 from pydantic import BaseModel, ConfigDict
 
