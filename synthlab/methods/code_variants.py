@@ -85,7 +85,7 @@ def _plain_assignment(n: ast.AST) -> tuple[set[str], set[str]] | None:
     return {t.id for t in n.targets if isinstance(t, ast.Name)}, {x.id for x in ast.walk(n.value) if isinstance(x, ast.Name)}
 
 # %% ../../nbs/48_code_variants.ipynb #3414bf8a
-def _bodies(node: ast.AST) -> Iterator[list[ast.stmt]]:
+def _bodies(node: ast.AST) -> Iterator[list[Any]]:
     "Runs of statements in which the order of assignments is not seen: none of a class body, and none inside `try` or `with`."
     if isinstance(node, (ast.Try, ast.TryStar, ast.With, ast.AsyncWith)): return
     if not isinstance(node, ast.ClassDef): yield from (b for b in (getattr(node, "body", None), getattr(node, "orelse", None)) if isinstance(b, list))

@@ -88,7 +88,7 @@ def test_steps_keep_their_class():
 def test_units_change_together_or_not_at_all():
     film = draft_of("units", new_task("A film lasts 5 hours and stops after 2 hours. How many hours are left?", "3", program=["n0 - n1"]))
     assert film.text == "A film lasts 300 minutes and stops after 120 minutes. How many minutes are left?" and film.answer == "180"
-    spelt = [(text, [f"n0 {op} n1"]) for op in "+*" for text in ("Фильм идёт 3 часа, а второй 5 часов. Сколько всего?", "A film lasts 2 hours and the other one 3 hrs.")]
+    spelt = [(text, [f"n0 {op} n1"]) for op in "+*" for text in ("Фильм идёт 3 часа, а второй 5 часов. Сколько всего?", "A film lasts 2 hours and another 3 hrs.")]
     for text, program in (*spelt, ("He works 8 hours on Monday and 2 more on Tuesday.", ["n0 + n1"]), ("He drives 3 hours at 60 mph.", ["n0 * n1"]), ("It takes 3 hours and then 30 s.", ["n0 * n1"]), ("A rope has 3 feet and a ribbon 9 in.", ["n0 * n1"]), ("It takes 3 hours and 20 minutes.", ["n0 * 60 + n1"]), ("It takes 5 hours.", ["n0 * 60"]), ("It takes 5 apples.", ["n0"])):
         answer = str(run_program(tuple(program), [Fraction(x) for x in re.findall(r"\d+", text)])[-1])
         assert draft_of("units", new_task(text, answer, program=program)) == "no unit that can be exchanged", text
