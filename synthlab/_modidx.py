@@ -1567,6 +1567,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'synthlab.methods.recompute._same_class': ( 'recompute.html#_same_class',
                                                                                         'synthlab/methods/recompute.py'),
                                             'synthlab.methods.recompute._solve': ('recompute.html#_solve', 'synthlab/methods/recompute.py'),
+                                            'synthlab.methods.recompute._spellings': ( 'recompute.html#_spellings',
+                                                                                       'synthlab/methods/recompute.py'),
                                             'synthlab.methods.recompute._spelt': ('recompute.html#_spelt', 'synthlab/methods/recompute.py'),
                                             'synthlab.methods.recompute._steps_of': ( 'recompute.html#_steps_of',
                                                                                       'synthlab/methods/recompute.py'),

@@ -221,8 +221,9 @@ _OTHERS = {  # further spellings of a family: never exchanged, and a question th
     "time": "h hr hrs min mins sec secs s ms d millisecond milliseconds fortnight fortnights month months year years decade decades century centuries hourly daily weekly monthly yearly annual annually am pm clock noon midnight mph kph kmh",
     "volume": "l cl dl ml centilitre centilitres centiliter centiliters decilitre decilitres gallon gallons quart quarts pint pints cup cups oz",
 }
-_SPELLINGS = {f: {*_OTHERS.get(f, "").split(), *(w for a, b, _ in pairs for w in (*a, *b))} for f, pairs in UNITS.items()}
 _SHORT = "in|t|s|d|l"  # units behind a number only: elsewhere these are words or parts of words
+
+def _spellings(family: str) -> set[str]: return {*_OTHERS.get(family, "").split(), *(w for a, b, _ in UNITS[family] for w in (*a, *b))}
 
 # %% ../../nbs/47_recompute.ipynb #35499a16
 def _adds_to_bare(program: Program, counted: set[int]) -> bool:
@@ -236,7 +237,7 @@ def units(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     said = {w.lower() for w in WORD.findall(text)} - {*_SHORT.split("|")} | {w.lower() for w in re.findall(rf"\d[\s-]?({_SHORT})\b", text, re.I)}
     literal = {Fraction(x) for step in program for x in re.findall(r"(?<![ns\d.])\d+(?:\.\d+)?", step)}
     options = [(large, small, c) for family, pairs in UNITS.items() for large, small, c in pairs
-               if set(large) & said and _SPELLINGS[family] & said <= set(large) and not literal & {Fraction(k) for k in (7, 12, 16, 24, 30, 52, 60, 100, 365, 1000, 3600)}]
+               if set(large) & said and _spellings(family) & said <= set(large) and not literal & {Fraction(k) for k in (7, 12, 16, 24, 30, 52, 60, 100, 365, 1000, 3600)}]
     for large, small, c in [options[k] for k in rng.permutation(len(options))]:
         unit = re.compile(rf"\s?-?(?:{'|'.join(sorted(set(large), key=len, reverse=True))})\b")
         counted = {i for i, n in enumerate(numbers) if unit.match(text, n.end)}
@@ -249,11 +250,10 @@ def units(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     raise Skip("no unit that can be exchanged")
 
 # %% ../../nbs/47_recompute.ipynb #b36581da
-_MASKED = {w for pairs in UNITS.values() for a, b, _ in pairs for w in (*a, *b)}
-
 def _masked(text: str) -> str:
     "A text without its numbers and units."
-    return WORD.sub(lambda m: "#" if m[0] in _MASKED else m[0], re.sub(r"\d[\d,]*(?:\.\d+)?", "#", text))
+    units = {w for pairs in UNITS.values() for a, b, _ in pairs for w in (*a, *b)}
+    return WORD.sub(lambda m: "#" if m[0] in units else m[0], re.sub(r"\d[\d,]*(?:\.\d+)?", "#", text))
 
 @promise("wording")
 def _check_wording(old: Task, new: Task) -> Verdict: return Verdict(_masked(task_text(old)) == _masked(task_text(new)), "wording")

@@ -93,6 +93,9 @@ def test_units_change_together_or_not_at_all():
         answer = str(run_program(tuple(program), [Fraction(x) for x in re.findall(r"\d+", text)])[-1])
         assert draft_of("units", new_task(text, answer, program=program)) == "no unit that can be exchanged", text
     assert draft_of("units", new_task("Julie's trains ride in 3 hours what others ride in 5 hours.", "2", program=["n1 - n0"])).answer == "120", "short forms count behind a number only"
+    UNITS["money"] = ((("dollar", "dollars"), ("cent", "cents"), 100),)
+    try: assert augment([new_task("He has 5 dollars and spends 2 dollars.", "3", program=["n0 - n1"])], ["units"], progress=False).tasks[0].answer == "300", "a family can be added"
+    finally: del UNITS["money"]
 
 
 def test_inverse_questions_have_one_answer_and_it_is_the_hidden_number():
