@@ -347,7 +347,7 @@ def train_rl(
     if folder is not None: save_jax_model(done.params, Path(folder) / "model", like=lm.folder)
     fired = alarm.fires(rows := done.history.to_dict("records")) if alarm else None
     if alarm and fired is not None: warnings.warn(f"collapse alarm at step {fired}: {alarm.reason(rows)}; keep the weights of an earlier step", stacklevel=2)
-    return TrainedPolicy(lm.with_params(done.params, content_id(settings, *done.reached(steps), length=8)), done.history, fired)
+    return TrainedPolicy(lm.with_params(done.params, content_id(settings, asdict(optimizer), {k: options[k] for k in ("lora", "dtype") if k in options}, *done.reached(steps), length=8)), done.history, fired)
 
 # %% ../../nbs/51_grpo.ipynb #e01e748c
 def _measure(lm: LocalLM, held_out: Sequence[Task], sampler: Sampler, steps: int, every: int, seed: int) -> Callable[[int, Params], dict]:
@@ -358,7 +358,7 @@ def _measure(lm: LocalLM, held_out: Sequence[Task], sampler: Sampler, steps: int
     return after
 
 def _settings(run: _Batches) -> dict[str, Any]:
-    "What decides the outcome of a run, besides what `fit` knows. A function counts by its name: give another one another name."
+    "What decides the outcome of a run, besides what `fit` knows. A function counts by its name, which `functools.wraps` passes on: give another one another name."
     model, by_name = lambda m: f"{m.name}@{m.revision}", lambda f: getattr(f, "__qualname__", type(f).__name__)
     setting = {k: by_name(v) if callable(v) else v for k, v in run.setting.items() if k not in ("store", "concurrency")}
     return {"method": asdict(run.method), "algorithm": asdict(run.algorithm), "sampler": asdict(run.sampler), "seed": run.seed, "model": model(run.lm), "anchor": model(run.anchor),

@@ -254,7 +254,7 @@ def test_an_interrupt_leaves_whole_steps_with_whole_rows():
             step = real(*args)
             return lambda *a: (step(*a), made.append(1), press(where) if where == "update" and len(made) == 8 else None)[0]
         def batches(step, model):
-            if step == 3 and where == "batches": press(where)
+            if where == f"batches {step}": press(where)
             return two(step, where, times), {"unknown": math.nan}
         def after(step, model):
             if where == f"after {step}": press(where)
@@ -262,7 +262,7 @@ def test_an_interrupt_leaves_whole_steps_with_whole_rows():
         with mock.patch.dict(fit.__globals__, make_step=pressing): return fit(params, likelihood_loss, batches, 6, optimizer=small, after=after, folder=folder, save_every=2, progress="")
     def same(a, b): return a.history.drop(columns="seconds").equals(b.history.drop(columns="seconds")) and all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params)))
     whole, usual = run(), signal.signal(signal.SIGINT, signal.default_int_handler)
-    for where, times, kept in [("batches", 1, 3), ("between", 1, 4), ("between", 2, 2), ("update", 1, 4), ("after 0", 1, 0), ("after 4", 1, 4), ("after 5", 1, 5), ("after 6", 1, 6)]:
+    for where, times, kept in [("batches 0", 1, 0), ("batches 3", 1, 3), ("between", 1, 4), ("between", 2, 2), ("update", 1, 4), ("after 0", 1, 0), ("after 4", 1, 4), ("after 5", 1, 5), ("after 6", 1, 6)]:
         with tempfile.TemporaryDirectory() as folder:
             pressed.clear()
             with pytest.raises(KeyboardInterrupt): run(folder, where, times)

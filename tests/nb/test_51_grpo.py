@@ -196,7 +196,10 @@ def test_a_folder_refuses_another_experiment():
         for name, change in [("anchor", {"anchor": other}), ("judge", {"judge": other}), ("reward", {"reward": fours}), ("reward", {"reward": None}), ("setting", {"setting": {"prompt": prompt}}),
                              ("setting", {"setting": {"prompt": anchor_prompt, "show_question": True}}), ("held_out", {"held_out": held[:2]}), ("tasks", {"tasks": [replace(tasks[0], answer="A1"), *tasks[1:]]})]:
             with pytest.raises(BadInput, match=rf"other settings \({name}\)"): train_rl(lm, **{"tasks": tasks, **fixed, **change})
-        assert train_rl(lm, tasks, **fixed).lm.revision == first.lm.revision != train_rl(lm, tasks, anchor=other, **fixed | {"folder": None}).lm.revision
+        assert train_rl(lm, tasks, **fixed).lm.revision == first.lm.revision
+        fresh = fixed | {"folder": None}
+        others = [train_rl(lm, tasks, **fresh | change).lm.revision for change in ({}, {"anchor": other}, {"optimizer": Optimizer(2e-2, "constant")}, {"lora": 2})]
+        assert others[0] == first.lm.revision and len(set(others)) == 4, "the name of the model tells what it learnt from and how"
 
 
 def test_what_cannot_be_judged_is_not_counted():
