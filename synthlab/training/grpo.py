@@ -345,7 +345,8 @@ def train_rl(
     done = fit(lm.params, likelihood_loss if method.learn != "rl" else policy_loss(algorithm), batches, steps, optimizer=optimizer, after=_measure(lm, held_out, sampler, steps, measure_every, seed),
                stop=lambda rows: alarm is not None and alarm.stops and alarm.fires(rows) is not None, folder=folder, settings=settings | {"held_out": _tasks_id(held_out)}, progress=options.pop("progress", "training"), **options)
     if folder is not None: save_jax_model(done.params, Path(folder) / "model", like=lm.folder)
-    fired = alarm.fires(rows := done.history.to_dict("records")) if alarm else None
+    rows = done.history.to_dict("records")
+    fired = alarm.fires(rows) if alarm else None
     if alarm and fired is not None: warnings.warn(f"collapse alarm at step {fired}: {alarm.reason(rows)}; keep the weights of an earlier step", stacklevel=2)
     return TrainedPolicy(lm.with_params(done.params, content_id(settings, asdict(optimizer), {k: options[k] for k in ("lora", "dtype") if k in options}, *done.reached(steps), length=8)), done.history, fired)
 

@@ -171,16 +171,16 @@ def test_what_goes_wrong_is_counted_or_said_and_never_learnt():
 
 def test_groups_that_are_replaced_are_paid_for():
     with tempfile.TemporaryDirectory() as folder:
-        (lm, tasks), drawn = untrained(folder), []
+        (lm, tasks), seen = untrained(folder), []
         def seldom(groups, refs):
             "Every second batch has one group with spread."
-            drawn.extend(zip(groups, refs))
-            return [[float(len(drawn) // 4 % 2 == 0 and g is groups[0] and i == 0) for i, _ in enumerate(g.rollouts)] for g in groups]
-        for reward, groups in ((seldom, 1), (lambda groups, refs: seldom(groups, refs) and np.zeros((4, 4)), 4)):
-            drawn.clear()
-            row = train_rl(lm, tasks, algorithm="dapo", reward=reward, **quick | {"steps": 1}).history.iloc[-1]
-            assert (row["drawn"], row["groups"]) == (12, groups) and len(drawn) == 12
-            assert row["policy_tokens"] == sum(r.usage.completion_tokens for g, _ in drawn for r in g.rollouts) and row["anchor_read"] == sum(r.evidence["usage"]["prompt_tokens"] for _, r in drawn)
+            seen.extend(zip(groups, refs))
+            return [[float(len(seen) // 4 % 2 == 0 and g is groups[0] and i == 0) for i, _ in enumerate(g.rollouts)] for g in groups]
+        for own, kept in ((seldom, 1), (lambda groups, refs: seldom(groups, refs) and np.zeros((4, 4)), 4)):
+            seen.clear()
+            row = train_rl(lm, tasks, algorithm="dapo", reward=own, **quick | {"steps": 1}).history.iloc[-1]
+            assert (row["drawn"], row["groups"]) == (12, kept) and len(seen) == 12
+            assert row["policy_tokens"] == sum(r.usage.completion_tokens for g, _ in seen for r in g.rollouts) and row["anchor_read"] == sum(r.evidence["usage"]["prompt_tokens"] for _, r in seen)
         assert row["flat"] == 1 and row["skipped"] == 1, "where all groups are flat, those of the last batch are reported"
 
 
