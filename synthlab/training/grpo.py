@@ -292,7 +292,7 @@ class CollapseAlarm:
             if run >= self.patience: return int(row["step"]), f"held-out accuracy fell by {100 * lost:.1f} points since step {since}" + (" while rollouts agree more" if agrees else "")
         return None, ""
 
-
+# %% ../../nbs/51_grpo.ipynb #c42285bd
 @dataclass(frozen=True)
 class TrainedPolicy:
     "A policy after reinforcement learning, and what every step reported."

@@ -12,7 +12,7 @@ __all__ = ['Array', 'Loss', 'LORA_NAMES', 'STOP', 'STATE', 'ON_REQUEST', 'OWN_RU
 
 # %% ../../nbs/50_sft.ipynb #b8effdbf
 import math, signal, threading, time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -468,6 +468,17 @@ def _ctrl_c_waits() -> Iterator[None]:
     if came: before(*came[0])
 
 
+def _updated(run: "_Run", batches: Iterable[Batch]) -> tuple[tuple, dict[str, float]]:
+    "Move the weights once with each batch: the state after all of them, and the numbers of the last. New weights take the memory of the old."
+    state, row = run.state, {}
+    for batch in batches:
+        *new, numbers = run.step(*state, batch, run.rate(run.done), run.frozen, run.held)
+        state, row = tuple(new), {k: float(v) for k, v in numbers.items()}
+        if not all(math.isfinite(row[k]) for k in ("loss", "grad_norm")):
+            raise TrainingError(f"step {run.done + 1}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; lower the learning rate. The checkpoint of step {run.saved} is good")
+    return state, row
+
+# %% ../../nbs/50_sft.ipynb #e773a812
 class _Run:
     "The state of a training run."
 
@@ -492,20 +503,9 @@ class _Run:
         batch, row = batches(self.done, merge(self.model))
         if batch is None: row["skipped"] = 1
         with _ctrl_c_waits():
-            state = self.state  # of no step until all updates are made
-            for b in [] if batch is None else [batch] if isinstance(batch, Batch) else batch:
-                state, numbers = self.update(state, b, step)
-                row |= numbers
-            self.state, self.done, self.journal.owed = state, step, {"step": step, **row, "seconds": time.monotonic() - start}
+            state, numbers = _updated(self, [] if batch is None else [batch] if isinstance(batch, Batch) else batch)
+            self.state, self.done, self.journal.owed = state, step, {"step": step, **row, **numbers, "seconds": time.monotonic() - start}
         return self.measure(after)
-
-    def update(self, state: tuple, batch: Batch, step: int) -> tuple[tuple, dict[str, float]]:
-        "Move the weights once. The new ones take the memory of the old."
-        *new, numbers = self.step(*state, batch, self.rate(self.done), self.frozen, self.held)
-        row = {k: float(v) for k, v in numbers.items()}
-        if not all(math.isfinite(row[k]) for k in ("loss", "grad_norm")):
-            raise TrainingError(f"step {step}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; lower the learning rate. The checkpoint of step {self.saved} is good")
-        return tuple(new), row
 
     def measure(self, after: Callable | None) -> dict:
         "Complete the row of the step that was made last. Broken off, the row stays owed."
