@@ -425,7 +425,7 @@ def fit(
     lora: int = 0,  # rank of the changes; 0 trains all weights
     dtype: str = "float32",  # of the matrix products: "float32" | "bfloat16"
     held: Any = None,  # passed to the loss
-    after: Callable[[int, Params], dict] | None = None,  # called before the first and after each step; what it returns is reported with the step
+    after: Callable[[int, Params], dict] | None = None,  # called before the first and after each step; what it returns is reported with the step; broken off, it is called again when the run goes on
     stop: Callable[[list[dict]], bool] = lambda rows: False,  # asked after each step with all rows so far; True ends the run early, and its checkpoint is kept
     folder: str | Path | None = None,  # checkpoint and journal; a run that is there already goes on, and `request_stop` ends it
     save_every: int = 50,  # steps between checkpoints
