@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PROMISES', 'Draw', 'F', 'AUGMENTERS', 'ELSEWHERE', 'CHECKED_ELSEWHERE', 'Check', 'CHECKS', 'MEANING',
            'REPHRASE_PROMPT', 'TRANSLATE_PROMPT', 'BLOCK', 'Draft', 'Env', 'Augmenter', 'augmenter', 'augmenter_names',
-           'make_augmenter', 'task_text', 'with_text', 'draft_of', 'promise', 'folded', 'meaning_cases', 'clean_reply',
-           'rephrase', 'back_translate', 'Row', 'Augmentation', 'promise_rates', 'row_counts', 'to_training', 'augment',
-           'mix']
+           'make_augmenter', 'task_text', 'with_text', 'draft_of', 'promise', 'folded', 'meaning_cases', 'rephrase',
+           'back_translate', 'Row', 'Augmentation', 'promise_rates', 'row_counts', 'to_training', 'augment', 'mix']
 
 # %% ../../nbs/41_augment.ipynb #42399356
 import importlib, inspect, re, unicodedata
@@ -24,7 +23,7 @@ from ..checks.judge import Case, judge as judge_cases
 from ..checks.verify import shared_pool
 from ..core import Accounting, BadInput, Example, Task, Usage, Verdict, content_id, derive_seed, new_task, to_dict
 from ..lm.backends import LM, Sampling, model_id
-from ..lm.conversations import Asking, Budget, Purse, Skip, Talk, ask, converse
+from ..lm.conversations import Asking, Budget, Purse, Skip, Talk, ask, clean_reply, converse
 from ..scoring.groups import wilson
 from ..store import Store, work_key
 
@@ -182,7 +181,11 @@ def _context(task: Task) -> dict: return {k: v for k, v in task.meta.items() if 
 
 def _verify(cases: Sequence[tuple]) -> list[Verdict]: return shared_pool().verify_many([c[:3] for c in cases], [c[3] for c in cases])
 
-def _check_tests(pairs, judge, store, progress) -> list[Verdict]: return _verify([(new.answer, "", _context(new), "code") for _, new in pairs])
+def _check_tests(pairs, judge, store, progress) -> list[Verdict]:
+    ran = iter(_verify([(new.answer, "", _context(new), "code") for _, new in pairs if _tested(new)]))
+    return [next(ran) if _tested(new) else Verdict(None, "the task has no tests") for _, new in pairs]
+
+def _tested(task: Task) -> bool: return bool(task.meta.get("tests") or task.meta.get("io"))
 
 def _check_solved(pairs, judge, store, progress) -> list[Verdict]:
     return _verify([(new.meta.get("solution"), new.answer, _context(new), new.kind) for _, new in pairs])
@@ -199,17 +202,6 @@ def _check_meaning(pairs, judge, store, progress) -> list[Verdict]:
     return [j.verdict for j in judge_cases(judge, meaning_cases(pairs), "criterion", store=store, progress=progress)]
 
 CHECKS |= {"solved": _check_solved, "tests": _check_tests, "meaning": _check_meaning}
-
-# %% ../../nbs/41_augment.ipynb #e0038d20
-_PREAMBLE = re.compile(r"\A(?:sure|here(?:'s| is)|certainly|of course|voici)[^\n]{0,80}:\s*", re.I)
-
-def clean_reply(reply: str) -> str:
-    "Take away what models put around a rewritten text: a polite first line, a label, quotation marks. Raises `Skip` for an empty reply."
-    text = _PREAMBLE.sub("", reply.strip())
-    text = re.sub(r"\A(?:\*\*)?(?:question|translation|rephrased question|statement)(?:\*\*)?:(?:\*\*)?\s*", "", text, flags=re.I).strip()
-    if len(text) > 1 and text[0] + text[-1] in ('""', "“”", "«»", "''") and text[0] not in text[1:-1]: text = text[1:-1].strip()
-    if not text: raise Skip("empty reply")
-    return text
 
 # %% ../../nbs/41_augment.ipynb #99afb20d
 REPHRASE_PROMPT = "Say the following question in other words. Keep every number and every name, and do not answer it. Reply with the new question only.\n\n{text}"

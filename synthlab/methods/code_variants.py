@@ -85,11 +85,18 @@ def _plain_assignment(n: ast.AST) -> tuple[set[str], set[str]] | None:
     return {t.id for t in n.targets if isinstance(t, ast.Name)}, {x.id for x in ast.walk(n.value) if isinstance(x, ast.Name)}
 
 # %% ../../nbs/48_code_variants.ipynb #3414bf8a
+def _bodies(node: ast.AST) -> Iterator[list[Any]]:
+    "Runs of statements in which the order of assignments is not seen: none of a class body, and none inside `try` or `with`."
+    if isinstance(node, (ast.Try, ast.TryStar, ast.With, ast.AsyncWith)): return
+    if not isinstance(node, ast.ClassDef): yield from (b for b in (getattr(node, "body", None), getattr(node, "orelse", None)) if isinstance(b, list))
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.stmt, ast.match_case)): yield from _bodies(child)
+
 @augmenter("reorder", ("tests",))
 def reorder(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     "Exchange neighbouring assignments that do not depend on each other, and functions at the top level."
     tree, done = _tree_of(task), 0
-    for body in [b for n in ast.walk(tree) for b in (getattr(n, "body", None), getattr(n, "orelse", None)) if isinstance(b, list)]:
+    for body in _bodies(tree):
         for i in range(len(body) - 1):
             a, b = _plain_assignment(body[i]), _plain_assignment(body[i + 1])
             apart = a and b and not (a[0] & (b[0] | b[1]) or b[0] & a[1])

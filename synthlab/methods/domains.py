@@ -20,8 +20,8 @@ from ..checks.judge import read_form
 from ..checks.verify import extract_answer, verify
 from ..core import BadInput, Criterion, Example, Rubric, Verdict, atomic_write, canonical_json
 from ..lm.backends import LM
-from ..lm.conversations import Asking, Skip, ask
-from .generation import Draft, Env, Material, Recipe, Rules, clean_task, example_row, grounded, grounded_qa, make_recipe, pair
+from ..lm.conversations import Asking, Skip, ask, clean_reply
+from .generation import Draft, Env, Material, Recipe, Rules, example_row, grounded, grounded_qa, make_recipe, pair
 from .specification import Axis, Filled, Specification, fill
 from pydantic import BaseModel, ConfigDict
 
@@ -47,11 +47,12 @@ def generate_domain(
     domain: str | Domain,  # a key of `DOMAINS`, or a pack
     n: int,  # examples wanted
     lm: LM,
+    material: Material | None = None,  # documents and the like, in place of the pack's own
     **options,  # of `fill`: rounds, patience, budget, store, seed, temperature, top_p, max_tokens, block, concurrency, progress
 ) -> Filled:
     "Fill a pack's taxonomy with n examples. Raises `BadInput` for an unknown pack or material that is lacking."
     d = pack(domain)
-    return fill(d.specification(n), [d.recipe], lm, material=d.material, rules=d.rules, **options)
+    return fill(d.specification(n), [d.recipe], lm, material=d.material if material is None else material, rules=d.rules, **options)
 
 def pack(domain: str | Domain) -> Domain:
     "Look up a pack; a pack is returned as it is. Raises `BadInput` for an unknown name."
@@ -60,25 +61,34 @@ def pack(domain: str | Domain) -> Domain:
 
 # %% ../../nbs/49_domains.ipynb #9fdbc030
 def domain_card(domain: str | Domain, made: Filled) -> str:
-    "A data card in Markdown: what was wanted and what came, what was checked, where every row came from, and the limits."
+    "A data card in Markdown: the limits, what was wanted and what came, what was checked, and where every row came from."
     d, acc = pack(domain), made.found.accounting
     models = sorted({e.lineage["model"] for e in made.examples})
     sources = sorted({e.lineage["document"] for e in made.examples if "document" in e.lineage})
-    head = ["---", f"pretty_name: {json.dumps(f'Synthetic examples: {d.name}', ensure_ascii=False)}", "tags: [synthetic, synthlab]", "---", "", f"# Synthetic examples: {d.name}", "", f"Written by {', '.join(models) or 'no model'}. {len(made.examples)} examples."]
-    body = ["", "## Coverage", "", f"Wanted {made.spec.n}; total variation distance between wanted and accepted shares: {made.distance:.3f}.", "", *_markdown(made.table)]
+    head = ["---", f"pretty_name: {json.dumps(f'Synthetic examples: {d.name}', ensure_ascii=False)}", "tags: [synthetic, synthlab]", "---", "", f"# Synthetic examples: {d.name}", "", f"Written by {', '.join(models) or 'no model'}. {_counted(made)}.", "", "## Limits", "", *(f"- {x}" for x in d.limits)]
+    asked = [a.name for a in made.spec.axes if a.measure is None]
+    body = ["", "## Coverage", "", f"Wanted {made.spec.n}; total variation distance between wanted and accepted shares{', as asked' if asked else ''}: {made.distance:.3f}." + (f" Not measured, taken as asked: {', '.join(asked)}." if asked else ""), "", *_markdown(made.table)]
     rows = ["", "## Rows", "", str(acc), "", "## What was checked", "", d.verified or "Form, length, repetition and novelty only."]
     origin = ["", "## Provenance", "", "Every example carries its recipe, row, seed, model and cell in its lineage." + (f" Documents: {', '.join(sources)}." if sources else "")]
     asks = ["", "## Questions for a reviewer", "", *(f"- {c.text}" for c in d.rubric.criteria)]
-    return "\n".join([*head, *body, *rows, *origin, *asks, "", "## Limits", "", *(f"- {x}" for x in d.limits)]) + "\n"
+    return "\n".join([*head, *body, *rows, *origin, *asks]) + "\n"
+
+def _sides(made: Filled) -> list[Example]:
+    "What is written: both sides of contrast pairs, else the examples as they are."
+    return contrast_examples(made.examples) if all("contrast" in e.lineage for e in made.examples) else list(made.examples)
+
+def _counted(made: Filled) -> str:
+    n, sides = len(made.examples), len(_sides(made))
+    return f"{sides} examples" + (f": both sides of {n} contrast pairs, which the tables count" if sides > n else "")
 
 def _markdown(table) -> list[str]:
     line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
     return [line(table.columns), line(["---"] * len(table.columns)), *map(line, table.itertuples(index=False))]
 
 def write_domain(folder: str | Path, domain: str | Domain, made: Filled) -> Path:
-    "Write `train.jsonl` and the card `README.md`; equal runs give equal bytes. Raises `BadInput` when nothing was accepted."
+    "Write `train.jsonl` and the card `README.md`; equal runs give equal bytes. Contrast pairs are written as two examples each, side after side. Raises `BadInput` when nothing was accepted."
     if not made.examples: raise BadInput(f"{folder}: nothing to write: {made.found.accounting}")
-    rows = [canonical_json(example_row(e)) for e in made.examples]
+    rows = [canonical_json(example_row(e)) for e in _sides(made)]
     atomic_write(Path(folder) / "train.jsonl", "\n".join(rows) + "\n")
     atomic_write(Path(folder) / "README.md", domain_card(domain, made))
     return Path(folder)
@@ -87,9 +97,10 @@ def write_domain(folder: str | Path, domain: str | Domain, made: Filled) -> Path
 def _twice(kind: str, how: str):
     "A recipe that asks for a problem of the cell and for two solutions, and keeps those that agree."
     def write(rng: np.random.Generator, env: Env) -> Asking[Draft]:
-        task = clean_task((yield ask(f"Write one {how} with a single answer.{env.wish} Do not solve it. Reply with the problem only.")))
+        task = clean_reply((yield ask(f"Write one {how} with a single answer.{env.wish} Do not solve it. Reply with the problem only.")))
         end = "\n\nThink step by step, and end with a line that says: The answer is: <answer>"
         first, second = (yield env.solve(task + end)), (yield env.solve(task + end))
+        if first.strip() == second.strip(): raise Skip("both solutions are the same text")  # as at temperature 0: nothing agrees
         found = [extract_answer(x, kind) for x in (first, second)]
         if None in found: raise Skip("no answer")
         v = verify(found[0], found[1], kind)
@@ -106,17 +117,17 @@ _SOLVED = (Criterion("Does every step of the solution follow from the one before
 
 DOMAINS["mathematics"] = Domain("mathematics", {"topic": {"arithmetic": 2, "algebra": 2, "geometry": 1, "counting and probability": 1}, "difficulty": {"one step": 1, "two or three steps": 2, "many steps": 1}},
     Recipe("mathematics", _twice("math", "mathematics problem"), checks=(steps_hold,)), Rubric(_SOLVED),
-    ("Answers were confirmed by a second solution of the same model, not by a proof: errors that both solutions share remain.", "The problems are as hard as the model that wrote them could make them."), verified="Two independent solutions end in the same answer, and no equation of the first is false.")
+    ("Answers were confirmed by a second solution of the same model, not by a proof: errors that both solutions share remain.", "The problems are as hard as the model that wrote them could make them."), verified="Two sampled solutions of the same model end in the same answer, and no equation of the first is false.")
 
 DOMAINS["science"] = Domain("science", {"field": {"mechanics": 1, "electricity": 1, "heat": 1, "chemistry": 1}, "level": {"school": 2, "first year of university": 1}},
     Recipe("science", _twice("units", "science problem whose answer is a quantity with its unit")), Rubric((*_SOLVED, Criterion("Are all quantities given with units?"), Criterion("Are the numbers physically plausible?"))),
-    ("Answers were confirmed by a second solution of the same model, in value and dimension; the physics was not checked.", "Constants and material properties are the model's and may be wrong."), verified="Two independent solutions agree in value and dimension.")
+    ("Answers were confirmed by a second solution of the same model, in value and dimension; the physics was not checked.", "Constants and material properties are the model's and may be wrong."), verified="Two sampled solutions of the same model end in the same answer, in value and dimension.")
 
 # %% ../../nbs/49_domains.ipynb #0a6c95b1
 _advice = re.compile(r"\byou (?:should|must|need to|ought to|have to|can safely)\b|\b(?:i|we) (?:recommend|advise|suggest)\b|\byour (?:symptoms|case|dose|lawyer|doctor)\b|\bin your (?:case|situation)\b", re.I)
 
 def no_advice(draft: Draft, env: Env) -> Verdict:
-    "The answer says what the source says, and does not tell the reader what to do."
+    "The answer contains none of a list of English phrases of advice. An imperative passes, and so does advice in other words."
     return Verdict(not _advice.search(draft.meta["answer"]), "gives advice")
 
 def names_source(draft: Draft, env: Env) -> Verdict:
@@ -130,12 +141,12 @@ _FAITHFUL = (Criterion("Is every statement of the answer supported by the quotat
 DOMAINS["health"] = Domain("health", {"subject": {"prevention": 1, "symptoms": 1, "treatment": 1, "medicines": 1}, "reader": {"patients": 1, "nurses": 1}}, _grounded("health"),
     Rubric((*_FAITHFUL, Criterion("Does the answer keep every dose, duration and age limit as the source has it?"))),
     ("This is not medical advice, and no person qualified to give it has read the examples.", "Every answer repeats a passage of a document; whether the document is right, current or fits a patient was not checked.", "The id of the document is kept with every example; do not publish the examples without their sources."),
-    verified="The quotation stands in the named document, every number of the answer occurs there, and the answer addresses nobody.")
+    verified="The quotation stands in the named document, every number of the answer occurs there, and the answer contains none of a list of English phrases of advice.")
 
 DOMAINS["law"] = Domain("law", {"subject": {"contracts": 1, "tenancy": 1, "work": 1, "consumers": 1}, "question": {"what the rule says": 2, "whom it concerns": 1, "which time limits apply": 1}}, _grounded("law"),
     Rubric((*_FAITHFUL, Criterion("Does the answer name the jurisdiction or the document it speaks of?"))),
     ("This is not legal advice, and no lawyer has read the examples.", "A rule holds in one jurisdiction at one time: the examples say what a document says, not what the law is.", "The id of the document is kept with every example; do not publish the examples without their sources."),
-    verified="The quotation stands in the named document, every number of the answer occurs there, and the answer addresses nobody.")
+    verified="The quotation stands in the named document, every number of the answer occurs there, and the answer contains none of a list of English phrases of advice.")
 
 # %% ../../nbs/49_domains.ipynb #5a418c1c
 class Contrast(BaseModel):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SEEDS', 'PERSONAS', 'AUDIENCES', 'FORMATS', 'T', 'F', 'Check', 'RECIPES', 'EVOLUTIONS', 'BANNED', 'Slot',
            'rouge_words', 'lcs_length', 'rouge_l', 'Pool', 'Tool', 'Material', 'Env', 'Draft', 'pair', 'Recipe',
-           'recipe', 'make_recipe', 'clean_task', 'self_instruct', 'persona', 'magpie', 'evol_instruct', 'parses',
-           'oss_instruct', 'back_translation', 'Supported', 'grounded', 'grounded_qa', 'cosmopedia', 'dialogue',
-           'preference', 'run_call', 'uses_result', 'tool_use', 'Rules', 'repeated_share', 'faults', 'Row',
-           'Generation', 'example_row', 'to_preferences', 'Line', 'generate', 'checked_recipes', 'distinct', 'squeeze',
-           'yield_table', 'reject_table']
+           'recipe', 'make_recipe', 'self_instruct', 'persona', 'magpie', 'evol_instruct', 'parses', 'oss_instruct',
+           'back_translation', 'Supported', 'grounded', 'grounded_qa', 'cosmopedia', 'dialogue', 'preference',
+           'run_call', 'uses_result', 'tool_use', 'Rules', 'repeated_share', 'faults', 'Row', 'Generation',
+           'example_row', 'to_preferences', 'Line', 'generate', 'checked_recipes', 'distinct', 'squeeze', 'yield_table',
+           'reject_table']
 
 # %% ../../nbs/42_generation.ipynb #a23f5405
 import ast, inspect, json, re, zlib
@@ -29,12 +29,13 @@ from ..checks.judge import Better, Case, Grade, judge_messages, read_form
 from ..checks.verify import verify
 from ..core import Accounting, BadInput, Example, Message, Usage, Verdict, canonical_json, content_id, derive_seed
 from ..lm.backends import LM, Sampling, model_id
-from ..lm.conversations import Ask, Asking, Budget, Purse, Skip, Talk, ask, converse
+from ..lm.conversations import Ask, Asking, Budget, Purse, Skip, Talk, ask, clean_reply, converse
 from ..scoring.groups import wilson
 from ..store import Store
 
 # %% ../../nbs/42_generation.ipynb #e1e282cc
-_word = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]|[\p{L}\p{N}\p{M}--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]]+", regex.V1)
+_unspaced = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]")  # scripts without blanks
+_word = regex.compile(rf"{_unspaced.pattern}|[\p{{L}}\p{{N}}\p{{M}}--{_unspaced.pattern}]+", regex.V1)
 
 def rouge_words(text: str) -> list[str]:
     "Words in lower case; of ASCII text those of rouge-score. Scripts without blanks count by character."
@@ -186,16 +187,6 @@ def make_recipe(name: str, **options) -> Recipe:
     return replace(found, name=f"{name}({spelt})", write=lambda rng, env: found.write(rng, env, **options))
 
 # %% ../../nbs/42_generation.ipynb #28864aef
-_label = re.compile(r"\A(?:(?:new |rewritten )?(?:task|question|instruction|problem|message|user)\s*\d*|\d{1,2})\s*[:.)]\s*", re.I)
-_polite = re.compile(r"\A(?:sure|here(?:'s| is| are)|certainly|of course)[^\n]{0,100}:\s*", re.I)
-
-def clean_task(reply: str) -> str:
-    "A task without what models put around it: a polite first line, a label, bold marks, quotation marks. Raises `Skip` when nothing is left."
-    text = _label.sub("", _polite.sub("", reply.strip()).strip("*# \n")).strip("*# \n")
-    if len(text) > 1 and text[0] + text[-1] in ('""', "“”", "«»") and text[0] not in text[1:-1]: text = text[1:-1].strip()
-    if not text: raise Skip("empty reply")
-    return text
-
 def _one(rng: np.random.Generator, items: Sequence[T]) -> T: return items[int(rng.integers(len(items)))]
 
 def _sample(rng: np.random.Generator, items: Sequence[T], n: int) -> list[T]: return [items[i] for i in rng.permutation(len(items))[:n]]
@@ -206,14 +197,14 @@ def self_instruct(rng: np.random.Generator, env: Env, shown: int = 8, own: int =
     mine = _sample(rng, env.made, own)
     tasks = _sample(rng, [*_sample(rng, env.material.seeds, shown - len(mine)), *mine], shown)
     listed = "\n".join(f"{i}. {t}" for i, t in enumerate(tasks, 1))
-    task = clean_task((yield ask(f"Here are tasks that people gave to an assistant.\n\n{listed}\n\nWrite one more task, on another subject and of another kind.{env.wish} Reply with the task only, on one line.", line=True)))
+    task = clean_reply((yield ask(f"Here are tasks that people gave to an assistant.\n\n{listed}\n\nWrite one more task, on another subject and of another kind.{env.wish} Reply with the task only, on one line.", line=True)))
     return pair(task, (yield env.solve(task)), shown=len(tasks), own=len(mine))
 
 @recipe("persona", ("personas",))
 def persona(rng: np.random.Generator, env: Env) -> Asking[Draft]:
     "What a certain person would ask (Ge et al. 2024)."
     who = _one(rng, env.material.personas)
-    task = clean_task((yield ask(f"Write one question or task that {who} might give to an assistant.{env.wish} Reply with the question only.")))
+    task = clean_reply((yield ask(f"Write one question or task that {who} might give to an assistant.{env.wish} Reply with the question only.")))
     return pair(task, (yield env.solve(task)), persona=who)
 
 @recipe("magpie")
@@ -234,7 +225,7 @@ def evol_instruct(rng: np.random.Generator, env: Env, times: int = 1) -> Asking[
     task, steps = _one(rng, [*env.material.seeds, *env.made]), []
     for _ in range(times):
         steps.append(how := _one(rng, list(EVOLUTIONS)))
-        new = clean_task((yield ask(f"Here is a task.\n\n{task}\n\nWrite another version of it. {EVOLUTIONS[how]}{env.wish} Add at most 20 words, and do not answer it. Reply with the new text only.")))
+        new = clean_reply((yield ask(f"Here is a task.\n\n{task}\n\nWrite another version of it. {EVOLUTIONS[how]}{env.wish} Add at most 20 words, and do not answer it. Reply with the new text only.")))
         if _leak.search(new): raise Skip("the rewriting leaks")
         if rouge_l(rouge_words(task), rouge_words(new)) > .9: raise Skip("the task did not change")
         task = new
@@ -264,14 +255,14 @@ def oss_instruct(rng: np.random.Generator, env: Env, lines: int = 15) -> Asking[
     n = min(len(code), int(rng.integers(1, lines + 1)))
     start = int(rng.integers(len(code) - n + 1))
     seed = "\n".join(code[start:start + n])
-    task = clean_task((yield ask(f"```python\n{seed}\n```\n\nWrite a short programming problem that this code made you think of. It must be understood without the code.{env.wish} Reply with the problem only.")))
+    task = clean_reply((yield ask(f"```python\n{seed}\n```\n\nWrite a short programming problem that this code made you think of. It must be understood without the code.{env.wish} Reply with the problem only.")))
     return pair(task, (yield env.solve(f"{task}\n\nWrite one Python function that solves this. Reply with a code block.")), code=seed)
 
 @recipe("back_translation", ("documents",))
 def back_translation(rng: np.random.Generator, env: Env, keep: int = 5) -> Asking[Draft]:
     "The instruction that a written text answers, kept if the model grades the pair at least `keep` of 5 (Li et al. 2024)."
     name, text = _passage(rng, env)
-    task = clean_task((yield ask(f"{text}\n\nThe text above is an answer. Write the instruction or question it answers.{env.wish} Reply with the instruction only.")))
+    task = clean_reply((yield ask(f"{text}\n\nThe text above is an answer. Write the instruction or question it answers.{env.wish} Reply with the instruction only.")))
     said = yield Ask(judge_messages(Case(task, text), "grade"), temperature=0., schema=canonical_json(Grade.model_json_schema()))
     grade, problem = read_form(said, Grade)
     if grade is None: raise Skip("no grade could be read", "unknown")
@@ -291,7 +282,8 @@ def grounded(draft: Draft, env: Env, share: float = .6) -> Verdict:
     source, answer, quote = env.material.documents[draft.meta["document"]], draft.meta["answer"], draft.meta["quote"]
     if verify(f"“{quote}”", None, "citations", {"source": source}).value is not True: return Verdict(False, "the quotation is not in the document", quote[:80])
     if not {n.value for n in question_numbers(answer)} <= {n.value for n in question_numbers(source)}: return Verdict(False, "a number is not in the document")
-    words, known = {w for w in rouge_words(answer) if len(w) > 3}, set(rouge_words(source))
+    words, known = {w for w in rouge_words(answer) if len(w) > 3 or _unspaced.match(w)}, set(rouge_words(source))
+    if not words: return Verdict(None, "no word to compare")
     return Verdict(len(words & known) >= share * len(words), "the answer is not in the document")
 
 @recipe("grounded_qa", ("documents",), (grounded,))
@@ -321,7 +313,7 @@ def dialogue(rng: np.random.Generator, env: Env, turns: int = 2) -> Asking[Draft
     first = f"You are {who}. Write the first message that you send to an assistant.{env.wish} Reply with the message only."
     for i in range(turns):
         told = "\n\n".join(f"{'You' if m['role'] == 'user' else 'Assistant'}: {m['content']}" for m in talk)
-        said = clean_task((yield ask(first if not i else f"You are {who} and talk to an assistant.\n\n{told}\n\nWrite your next message, which asks for something more. Reply with the message only.")))
+        said = clean_reply((yield ask(first if not i else f"You are {who} and talk to an assistant.\n\n{told}\n\nWrite your next message, which asks for something more. Reply with the message only.")))
         if any(said == m["content"] for m in talk): raise Skip("the user repeats a message")
         talk += [{"role": "user", "content": said}, {"role": "assistant", "content": (yield env.solve(said, talk))}]
     return Draft(tuple(talk), meta={"persona": who})
@@ -372,7 +364,7 @@ def tool_use(rng: np.random.Generator, env: Env, steps: int = 1) -> Asking[Draft
     "A request, `steps` calls that are executed, and an answer that uses the last result."
     tools = env.material.tools
     listed = "\n".join(f"- {t.name}: {t.description} Arguments: {canonical_json(t.parameters)}" for t in tools)
-    task = clean_task((yield ask(f"An assistant has the tool {(t := _one(rng, tools)).name}: {t.description}\n\nWrite what a user might ask who needs it, with all the values it takes.{env.wish} Reply with the request only.")))
+    task = clean_reply((yield ask(f"An assistant has the tool {(t := _one(rng, tools)).name}: {t.description}\n\nWrite what a user might ask who needs it, with all the values it takes.{env.wish} Reply with the request only.")))
     system = {"role": "system", "content": f'You can call tools.\n{listed}\nTo call one, reply with nothing but {{"tool": name, "arguments": {{...}}}}.'}
     talk: list[Message] = [system, {"role": "user", "content": task}]
     for _ in range(steps):

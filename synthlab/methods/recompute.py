@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from ..checks.errors import CONSTANTS, Flow, Number, evaluate_expression, question_numbers, read_equations, trace
 from ..core import BadInput, Task, Verdict
-from ..lm.conversations import Asking, Skip, ask
-from .augment import Draft, Env, augmenter, clean_reply, promise, rephrase, task_text
+from ..lm.conversations import Asking, Skip, ask, clean_reply
+from .augment import Draft, Env, augmenter, promise, rephrase, task_text
 from .noise import WORD, intact, sentences_of
 
 # %% ../../nbs/47_recompute.ipynb #6cac9abb
@@ -212,24 +212,36 @@ def difficulty(task: Task, rng: np.random.Generator, env: Env, more: int = 2) ->
 UNITS = {  # family -> (larger unit, smaller unit, factor), singular and plural
     "length": ((("kilometre", "kilometres"), ("metre", "metres"), 1000), (("kilometer", "kilometers"), ("meter", "meters"), 1000), (("km", "km"), ("m", "m"), 1000), (("foot", "feet"), ("inch", "inches"), 12)),
     "mass": ((("kilogram", "kilograms"), ("gram", "grams"), 1000), (("kg", "kg"), ("g", "g"), 1000), (("pound", "pounds"), ("ounce", "ounces"), 16)),
-    "time": ((("hour", "hours"), ("minute", "minutes"), 60), (("day", "days"), ("hour", "hours"), 24), (("week", "weeks"), ("day", "days"), 7), (("minute", "minutes"), ("second", "seconds"), 60), (("час", "часов"), ("минута", "минут"), 60)),
+    "time": ((("hour", "hours"), ("minute", "minutes"), 60), (("day", "days"), ("hour", "hours"), 24), (("week", "weeks"), ("day", "days"), 7), (("minute", "minutes"), ("second", "seconds"), 60)),
     "volume": ((("litre", "litres"), ("millilitre", "millilitres"), 1000), (("liter", "liters"), ("milliliter", "milliliters"), 1000)),
 }
-_FAMILY = {w: f for f, pairs in UNITS.items() for a, b, _ in pairs for w in (*a, *b)} | dict(month="time", months="time", year="time", years="time", day="time", days="time", mile="length", miles="length", yard="length", yards="length")
+_OTHERS = {  # further spellings of a family: never exchanged, and a question that has one is left alone
+    "length": "kms centimetre centimetres centimeter centimeters cm millimetre millimetres millimeter millimeters mm mile miles yard yards yd ft in mph kph kmh",
+    "mass": "kgs kilo kilos gramme grammes milligram milligrams mg ton tons tonne tonnes t lb lbs oz stone",
+    "time": "h hr hrs min mins sec secs s ms d millisecond milliseconds fortnight fortnights month months year years decade decades century centuries hourly daily weekly monthly yearly annual annually am pm clock noon midnight mph kph kmh",
+    "volume": "l cl dl ml centilitre centilitres centiliter centiliters decilitre decilitres gallon gallons quart quarts pint pints cup cups oz",
+}
+_SHORT = "in|t|s|d|l"  # units behind a number only: elsewhere these are words or parts of words
+
+def _spellings(family: str) -> set[str]: return {*_OTHERS.get(family, "").split(), *(w for a, b, _ in UNITS[family] for w in (*a, *b))}
 
 # %% ../../nbs/47_recompute.ipynb #35499a16
+def _adds_to_bare(program: Program, counted: set[int]) -> bool:
+    "Does a step add a number that has the unit to one that is not seen to have it, as in 8 hours and 2 more?"
+    return any((int(a) in counted) != (int(b) in counted) for step in program for a, b in re.findall(r"\bn(\d+) ?[+-] ?(?=n(\d+))", step))
+
 @augmenter("units", ("answer", "wording"))
 def units(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     "Exchange a unit for a smaller one, and compute the answer again."
     text, numbers, program, old, free = _program_parts(task)
-    said = {m[0].lower() for m in WORD.finditer(text)}
+    said = {w.lower() for w in WORD.findall(text)} - {*_SHORT.split("|")} | {w.lower() for w in re.findall(rf"\d[\s-]?({_SHORT})\b", text, re.I)}
     literal = {Fraction(x) for step in program for x in re.findall(r"(?<![ns\d.])\d+(?:\.\d+)?", step)}
     options = [(large, small, c) for family, pairs in UNITS.items() for large, small, c in pairs
-               if set(large) & said and {w for w in said if _FAMILY.get(w) == family} <= set(large) and not literal & {Fraction(k) for k in (7, 12, 16, 24, 30, 52, 60, 100, 365, 1000, 3600)}]
+               if set(large) & said and _spellings(family) & said <= set(large) and not literal & {Fraction(k) for k in (7, 12, 16, 24, 30, 52, 60, 100, 365, 1000, 3600)}]
     for large, small, c in [options[k] for k in rng.permutation(len(options))]:
         unit = re.compile(rf"\s?-?(?:{'|'.join(sorted(set(large), key=len, reverse=True))})\b")
         counted = {i for i, n in enumerate(numbers) if unit.match(text, n.end)}
-        if not counted or not counted <= set(free): continue
+        if not counted or not counted <= set(free) or _adds_to_bare(program, counted): continue
         after = [n.value * c if i in counted else n.value for i, n in enumerate(numbers)]
         values = run_program(program, after)
         if not values or not _same_class(old, values, False): continue
@@ -238,11 +250,10 @@ def units(task: Task, rng: np.random.Generator, env: Env) -> Draft:
     raise Skip("no unit that can be exchanged")
 
 # %% ../../nbs/47_recompute.ipynb #b36581da
-_MASKED = {w for pairs in UNITS.values() for a, b, _ in pairs for w in (*a, *b)}
-
 def _masked(text: str) -> str:
     "A text without its numbers and units."
-    return WORD.sub(lambda m: "#" if m[0] in _MASKED else m[0], re.sub(r"\d[\d,]*(?:\.\d+)?", "#", text))
+    units = {w for pairs in UNITS.values() for a, b, _ in pairs for w in (*a, *b)}
+    return WORD.sub(lambda m: "#" if m[0] in units else m[0], re.sub(r"\d[\d,]*(?:\.\d+)?", "#", text))
 
 @promise("wording")
 def _check_wording(old: Task, new: Task) -> Verdict: return Verdict(_masked(task_text(old)) == _masked(task_text(new)), "wording")

@@ -33,7 +33,8 @@ def _mix(x: Any) -> Any:
     return x ^ x >> np.uint32(16)
 
 def _share(rate: float) -> np.uint32:
-    "The bound below which a share `rate` of all 32-bit numbers lies."
+    "The bound below which a share `rate` of all 32-bit numbers lies. Raises `BadInput` for what is no share."
+    if not 0 <= rate <= 1: raise BadInput(f"a share of the tokens or texts lies in [0, 1], got {rate}")
     return np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
@@ -294,8 +295,9 @@ def infill_spans(
     rate: float = .3,  # share of tokens that go
     mean: float = 3.,  # of the Poisson distribution of span lengths
 ) -> Any:  # as ids
-    "Replace spans by one mask each; spans of length 0 insert one. Exactly round(rate * T) tokens go."
+    "Replace spans by one mask each; spans of length 0 insert one. Exactly round(rate * T) tokens go. Raises `BadInput` for a rate outside [0, 1]."
     texts, keys = _texts(ids, seed)
+    _share(rate)
     gone = np.rint(texts.lengths * rate).astype(int)
     tries = gone + 16 * (gone > 0)  # more lengths than are needed: they add up to three times as much
     at = _ranges(np.zeros(len(texts), int), tries)
@@ -373,8 +375,9 @@ def fill_in_middle(
     spm: float = .5,  # share of these in the order suffix, prefix, middle
     cuts: np.ndarray | None = None,  # (n, 2) places to cut at; None: any two, equally likely
 ) -> Pair:  # what is given, nothing for a text that stays; what is to be written
-    "Cut a hole into each text and ask for what was there."
+    "Cut a hole into a share of the texts and ask for what was there. Raises `BadInput` for a text that holds one of the four signs."
     texts, keys = _texts(ids, seed)
+    if (held := np.isin(texts.values, (prefix_id, suffix_id, middle_id, end_id))).any(): raise BadInput(f"token {texts.values[held][0]} of a text is one of the signs of a hole")
     n, one = len(texts), np.zeros(len(texts), np.uint32)
     if cuts is None: cuts = cut_places(texts.lengths, keys)
     cut, back = random_bits(keys, one, 11) < _share(rate), random_bits(keys, one, 12) < _share(spm)
@@ -403,11 +406,13 @@ def restore_middle(
     prefix_id: int,
     suffix_id: int,
     middle_id: int,
-    **_: Any,
-) -> np.ndarray:
-    "Undo `fill_in_middle`."
+    end_id: int,
+) -> np.ndarray:  # (T,) the text
+    "Undo `fill_in_middle` for one example. Raises `BadInput` where a sign is missing."
     a, m = np.asarray(inputs), np.asarray(targets)[:-1]
+    if not len(targets) or targets[-1] != end_id: raise BadInput(f"the targets do not end with {end_id}")
     if not len(a): return m
+    if missing := [i for i in (prefix_id, suffix_id, middle_id) if i not in a]: raise BadInput(f"the inputs hold no token {missing[0]}, which marks a piece of the text")
     mid, suf = (int(np.flatnonzero(a == i)[0]) for i in (middle_id, suffix_id))
     prefix, suffix = (a[mid + 1:], a[2:mid]) if suf == 1 else (a[1:suf], a[suf + 1:mid])
     return np.concatenate([prefix, m, suffix])

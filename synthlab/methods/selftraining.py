@@ -19,7 +19,7 @@ import numpy as np, pandas as pd
 from tqdm.auto import tqdm
 from ..checks.errors import check_steps_kind, read_equations
 from ..checks.verify import cluster, extract_answer, shared_pool
-from ..core import Accounting, BadInput, Example, Group, Message, Reference, Rollout, Task, Usage, Verdict, canonical_json, content_id, derive_seed
+from ..core import Accounting, BadInput, Example, Group, Message, Reference, Rollout, Task, Usage, Verdict, canonical_json, content_id, derive_seed, to_dict
 from ..lm.backends import LM, Request, Sampling, model_id
 from ..lm.rollouts import complete_all, sample
 from ..scoring.groups import Vote, majority
@@ -441,12 +441,13 @@ def self_train(
     progress: bool = True,
     **sampling,  # of `sample`: temperature, top_p, top_k, min_p, max_tokens, stop, concurrency
 ) -> SelfTrained:
-    "Let a model learn from its own answers, in rounds. Raises `BadInput` for an unknown variant, repeated tasks or a folder that holds another loop."
+    "Let a model learn from its own answers, in rounds. Raises `BadInput` for an unknown variant, repeated tasks or a folder that holds another loop; `train`, `evaluate` and what is inside a variant's functions are not compared."
     if isinstance(variant, str) and variant not in VARIANTS: raise BadInput(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
     v = VARIANTS[variant] if isinstance(variant, str) else variant
     if not tasks or n < 1 or batch < 1: raise BadInput(f"{len(tasks)} tasks, n={n}, batch={batch}: all must be at least 1")
     if len(ids := {t.id for t in tasks}) < len(tasks): raise BadInput(f"{len(tasks)} tasks have {len(ids)} ids; leave out those that are repeated")
-    settings = json.loads(canonical_json({"variant": v.name, "model": model_id(lm), "tasks": content_id([t.id for t in tasks]), "n": n, "seed": seed, "budget": until.tokens and [until.tokens, batch],
+    method = [v.pairs, v.restart, *(getattr(f, "__qualname__", str(f)) for f in (v.check, v.hint, *v.filters))]
+    settings = json.loads(canonical_json({"variant": v.name, "method": method, "model": model_id(lm), "tasks": content_id([to_dict(t) for t in tasks]), "n": n, "seed": seed, "budget": until.tokens and [until.tokens, batch],
                                           "sampling": {k: s for k, s in sampling.items() if k != "concurrency"}}))
     with tqdm(total=until.rounds * len(tasks), desc=v.name, unit="task", disable=not progress) as bar:
         loop = _Loop(lm, tasks, v, train, evaluate, n, batch, until.tokens, seed, None if folder is None else Path(folder), sampling, bar)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np, pandas as pd
 from scipy.stats import t as student
 from tqdm.auto import tqdm
-from ..core import Group, Reference, content_id, derive_seed
+from ..core import BadInput, Group, Reference, content_id, derive_seed
 from ..lm.local import LocalLM
 from ..lm.rollouts import sample
 from ..methods.cat import reward, synthesize
@@ -145,13 +145,13 @@ def run_jobs(
     pool: Executor,
     label: str = "jobs",
 ) -> pd.DataFrame:  # one row for each row of a job, with the fields of the job
-    "Run the jobs that are not in the journal yet. Ctrl-C keeps what is finished."
+    "Run the jobs that are not in the journal yet. Ctrl-C keeps what is finished, and so does a job that fails: its error is raised once its finished neighbours are stored."
     store, key = Store(folder), lambda job: content_id(asdict(plan), asdict(job))
     found = store.rows("claims")
     waiting = {pool.submit(_work, plan, j, str(folder)): j for j in jobs if key(j) not in found}
     with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=label, unit="job", disable=not waiting) as bar:
         while waiting:
-            for f in wait(waiting, return_when=FIRST_COMPLETED).done:
+            for f in sorted(wait(waiting, return_when=FIRST_COMPLETED).done, key=lambda f: f.exception() is not None):
                 job = waiting.pop(f)
                 store.put("claims", {key(job): {"job": asdict(job), "rows": [_plain(row) for row in f.result()]}})
                 bar.update()
@@ -180,9 +180,10 @@ def _run_plan(plan: Plan, run: Callable[[list[Job], str], pd.DataFrame]) -> dict
 
 
 def best_rate(tuned: pd.DataFrame, arm: str) -> float:
-    "The learning rate with the best accuracy on validation problems at the last step."
-    mine: Any = tuned[(tuned.arm == arm) & (tuned.step == tuned.step.max())]
-    return float(mine.sort_values("held_out").rate.iloc[-1])
+    "The learning rate with the best accuracy on validation problems at the last step. Raises `BadInput` where no run of the arm was measured there."
+    mine: Any = tuned[(tuned.arm == arm) & (tuned.step == tuned.step.max())].dropna(subset="held_out")
+    if mine.empty: raise BadInput(f"no run of {arm!r} has an accuracy at step {tuned.step.max()}: give the plan validation problems and tune again")
+    return float(mine.rate.iloc[mine.held_out.argmax()])
 
 # %% ../../nbs/55_claims.ipynb #0e40225b
 def interval(values: Sequence[float]) -> tuple[float, float, float]:  # mean, and a 95% interval; NaN bounds for fewer than two
@@ -217,26 +218,35 @@ def compare_claims(rows: pd.DataFrame, family: str) -> list[dict]:
 
 # %% ../../nbs/55_claims.ipynb #055326f4
 def train_claims(rows: pd.DataFrame) -> list[dict]:
-    "The claims about training, step-matched and token-matched."
+    "The claims about training, matched by steps and by tokens."
     start, last, lines = rows[rows.step == 0], rows[rows.step == rows.step.max()], []
     n = f"{rows.world.nunique()} organisms x {rows.seed.nunique()} seeds"
     def at(arm: str, column: str = "held_out", frame: Any = last) -> Any: return frame[frame.arm == arm].groupby("world")[column].mean()
     lines.append(_line("CaT-RL minus its starting policy", (at("cat") - at("cat", frame=start)).tolist(), n))
     lines.append(_line("the same, greedy", (at("cat", "held_out_greedy") - at("cat", "held_out_greedy", start)).tolist(), n))
-    lines.append(_line("CaT-RL minus its teacher at the start", (at("cat") - at("cat", "teacher")).tolist(), n))
+    lines.append(_line("CaT-RL, held out, minus its teacher on the training problems of steps 1 to 3", (at("cat") - at("cat", "teacher")).tolist(), n))
     if "rlvr" in set(rows.arm): lines.append(_line("share of the way from start to gold RL", ((at("cat") - at("cat", frame=start)) / (at("rlvr") - at("rlvr", frame=start))).tolist(), n, ""))
     matched = token_matched(rows)
     for arm in [a for a in dict.fromkeys(rows.arm) if a != "cat"]:
-        for label, column, frame in (("", "held_out", last), (", greedy", "held_out_greedy", last), (", as many tokens", "held_out", matched)):
-            lines.append(_line(f"CaT-RL minus {arm}{label}", (at("cat", column, frame) - at(arm, column, frame)).tolist(), n))
+        for label, column in (("", "held_out"), (", greedy", "held_out_greedy")): lines.append(_line(f"CaT-RL minus {arm}{label}", (at("cat", column) - at(arm, column)).tolist(), n))
+        lines.append(_line(f"CaT-RL minus {arm}, as many tokens", (at(arm, "cat_held_out", matched) - at(arm, "held_out", matched)).tolist(), n))
     return lines
 
 
-def token_matched(rows: pd.DataFrame) -> pd.DataFrame:
-    "The last measurement of every run within the tokens that the thriftiest run used in all."
-    budget = rows.groupby(["arm", "world", "seed"]).tokens.max().min()
-    inside: Any = rows[rows.tokens <= budget]
-    return inside.sort_values("step").groupby(["arm", "world", "seed"]).tail(1)
+def token_matched(rows: pd.DataFrame) -> pd.DataFrame:  # arm, world, seed, cost, held_out; and CaT-RL's step and accuracy at that cost
+    """Each run of a rival at its last step, beside CaT-RL of the same world and seed when it had cost as many tokens.
+
+    Tokens are those that policy and anchor wrote (`tokens`, a running total) and those they read, which are known for the steps that were measured: each stands for the steps since the measurement before it.
+    Between measurements steps and accuracy are interpolated linearly in tokens; a CaT run that never cost as much is taken at its end."""
+    rows = rows.sort_values("step", kind="stable")
+    run = [rows[c] for c in ("arm", "world", "seed")]
+    read = rows[["policy_read", "anchor_read"]].fillna(0).sum(axis=1) * rows.step.groupby(run).diff().fillna(0)
+    rows = rows.assign(cost=rows.tokens + read.groupby(run).cumsum())
+    cat = {key: x for key, x in rows[rows.arm == "cat"].groupby(["world", "seed"])}
+    ends = [r for r in rows.groupby(["arm", "world", "seed"], sort=False).tail(1).to_dict("records") if r["arm"] != "cat"]
+    beside = lambda r, column: float(np.interp(r["cost"], (x := cat[r["world"], r["seed"]]).cost, x[column]))
+    columns = ["arm", "world", "seed", "cost", "held_out", "cat_step", "cat_held_out"]
+    return pd.DataFrame([r | {"cat_step": beside(r, "step"), "cat_held_out": beside(r, "held_out")} for r in ends], columns=columns)
 
 
 def claims_table(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -246,12 +256,12 @@ def claims_table(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 # %% ../../nbs/55_claims.ipynb #06f9435b
 def sensitivity_table(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:  # a row for each anchor and judge
-    "What CaT-RL makes of other anchors and judges: the teacher's accuracy at the start, the policy's at the end, and the difference to the same run with its own anchor and a judge without errors."
+    "What CaT-RL makes of other anchors and judges: the teacher's accuracy at the start, the policy's at the end, and the difference to the same run with its own anchor and a judge without errors, whose own line has none."
     own, last = found["train"][(found["train"].arm == "cat") & (found["train"].seed == 0)], lambda f: f[f.step == f.step.max()]
     base: Any = last(own).set_index("world").held_out
     def row(label: str, runs: Any) -> dict:
         end = last(runs).set_index("world")
-        difference, low, high = interval((end.held_out - base).tolist())
+        difference, low, high = interval([] if runs is own else (end.held_out - base).tolist())
         return {"anchor and judge": label, "teacher at the start": end.teacher.mean(), "policy at the end": end.held_out.mean(), "difference": difference, "low": low, "high": high, "n": f"{len(end)} organisms"}
     varied: Any = found["sensitivity"].fillna({"anchor": ""}).groupby(["anchor", "wrong"], sort=False)
     return pd.DataFrame([row("its own anchor, no wrong verdicts", own), *(row(f"{anchor} anchor" if anchor else f"{wrong:.0%} of verdicts wrong", runs) for (anchor, wrong), runs in varied)])

@@ -73,7 +73,7 @@ def _scoring(lm: LM) -> ScoringLM:
 def _complete(h: HarnessAnswers, requests: Sequence[Request]) -> list[str]:
     done = complete_all(h.lm, requests, h.store)
     for i, c in enumerate(done):
-        if c.error: raise LMError(f"harness request {i}: {c.error}")
+        if c.error: raise LMError(f"harness request {i}: {c.error}; " + ("give `harness_lm` a `store`, and finished calls are kept" if h.store is None else "run it again with the same `store`: finished calls are kept"))
     return [c.text for c in done]
 
 def _fits(lm: LM) -> Callable[[str], bool]:

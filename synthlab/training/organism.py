@@ -19,7 +19,7 @@ from ..lm.local import LocalLM
 from .sft import Batch, Optimizer, Text, fit, lay_out, likelihood_loss, next_token
 
 # %% ../../nbs/53_organism.ipynb #b0623e99
-DIGITS, PARTS, FACTS = 10, 5, 100
+DIGITS, PARTS, FACTS = 10, 5, 100  # values of a fact, facts that a problem asks for, entries of a world
 
 @dataclass(frozen=True)
 class World:
@@ -29,7 +29,7 @@ class World:
     facts: np.ndarray  # (100,) int: the value of entry 10 x + y
     said: np.ndarray  # (100, M, 10): probability of each value, given entry and method
     prior: np.ndarray  # (M,) how often a method is used
-    systematic: np.ndarray  # (100,) bool: most methods agree on a wrong value
+    systematic: np.ndarray  # (100,) bool: most methods agree on a wrong value; all such entries are among `known`
     known: np.ndarray  # (70,) entries that problems for training are made of
     rest: np.ndarray  # (30,) entries that no training problem touches
 
@@ -39,7 +39,7 @@ PRIORS = {"noisy": (.40, .35, .25), "confident": (.31, .25, .23, .21)}
 def make_world(
     family: str = "confident",
     seed: int = 0,
-    systematic: int = 2,  # entries on which most methods share an error
+    systematic: int = 2,  # entries on which most methods share an error, up to 70, all of them known ones
 ) -> World:
     "Draw a world. Raises `BadInput` for an unknown family."
     if family not in PRIORS: raise BadInput(f"unknown family {family!r}; known: {', '.join(PRIORS)}")

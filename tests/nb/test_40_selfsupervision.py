@@ -179,6 +179,10 @@ def test_holes_are_filled_to_the_original():
     cuts = cut_places(np.full(20_000, 10), text_keys(0, range(20_000)))
     assert (cuts[:, 0] <= cuts[:, 1]).all() and np.abs(np.bincount(cuts.ravel(), minlength=11) / 40_000 - 1 / 11).max() < .01
     assert fill_in_middle([1, 2, 3, 4], 0, **signs, rate=1, spm=0, cuts=np.array([[1, 3]])).inputs.tolist() == [1001, 1, 1002, 4, 1003]
+    import pytest
+    for bad, why in ((lambda: fill_in_middle([1, 1003], 0, **signs), "token 1003 of a text is one of the signs"), (lambda: restore_middle([1001, 1, 1002, 4], [2, 1004], **signs), "hold no token 1003"), (lambda: restore_middle([], [2], **signs), "do not end with 1004"),
+                     (lambda: fill_in_middle([1], 0, **signs, rate=2), "lies in .0, 1., got 2"), (lambda: infill_spans([1, 2], 0, mask_id=9, rate=1.5), "got 1.5")):
+        with pytest.raises(BadInput, match=why): bad()
 
 
 def test_packing_loses_nothing_and_mixes_nothing():

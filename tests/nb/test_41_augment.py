@@ -15,7 +15,7 @@ from synthlab.checks.judge import Case, judge as judge_cases
 from synthlab.checks.verify import shared_pool
 from synthlab.core import Accounting, BadInput, Example, Task, Usage, Verdict, content_id, derive_seed, new_task, to_dict
 from synthlab.lm.backends import LM, Sampling, model_id
-from synthlab.lm.conversations import Asking, Budget, Purse, Skip, Talk, ask, converse
+from synthlab.lm.conversations import Asking, Budget, Purse, Skip, Talk, ask, clean_reply, converse
 from synthlab.scoring.groups import wilson
 from synthlab.store import Store, work_key
 
@@ -58,13 +58,6 @@ def test_every_promise_can_be_broken_and_is_seen():
     assert verdict("solved", solution="40 - 11 = 29\nThe answer is: 29") and verdict("solved", solution="The answer is: 28") is False
     assert verdict("meaning") is None
     with pytest.raises(BadInput, match="unknown promise 'beauty'"): promise("beauty")
-
-
-def test_replies_are_freed_of_what_models_put_around_them():
-    assert clean_reply('Sure! Here is the rephrased question:\n"How many eggs?"') == "How many eggs?" and clean_reply("Question: How many eggs?") == "How many eggs?"
-    assert clean_reply("«Сколько яиц?»") == "Сколько яиц?" and clean_reply(' He said "no" and "yes" ') == 'He said "no" and "yes"'
-    for nothing in ("", "  \n", '""', "Sure, here it is:\n"):
-        with pytest.raises(Skip, match="empty reply"): clean_reply(nothing)
 
 
 def test_order_workers_blocks_and_interruptions_change_nothing():
@@ -126,6 +119,7 @@ def test_faults_are_reasons_not_crashes():
     assert outcome(eggs, "back_translate", lm=Stub(broken)) == ("failed", "OSError: no route")
     assert outcome(eggs, "rephrase", lm=Stub(lambda req: "Of 40 eggs 12 break, how many are left?")) == ("filtered", "numbers not preserved")
     assert outcome(eggs, "rephrase", lm=Stub(lambda req: "11 of 40 eggs break, how many are left?")) == ("unknown", "meaning: no judge")
+    assert outcome(new_task("Write f.", "def f(): pass", "code"), Augmenter("code", lambda task, rng, env: Draft(task_text(task), "def f(): return"), ("tests",))) == ("unknown", "tests: the task has no tests")
     for call, message in ((lambda: augment([eggs], ["rephrase"]), "'rephrase' asks a model: pass lm="), (lambda: augment([], [louder]), "no tasks"), (lambda: augment([eggs, eggs], [louder]), "two tasks are called"),
                           (lambda: augment([eggs], [louder, louder]), "two augmenters are called 'louder'"), (lambda: augment([eggs], "keyboard"), "a list of names"), (lambda: augment([eggs], [louder], -1), "copies is at least 0"),
                           (lambda: augment([eggs], [odd(lambda task, rng, env: rephrase(task, rng, env))], progress=False), "'odd' asks a model: register it with needs_lm=True")):

@@ -18,7 +18,7 @@ from synthlab.checks.judge import Better, Case, Grade, judge_messages, read_form
 from synthlab.checks.verify import verify
 from synthlab.core import Accounting, BadInput, Example, Message, Usage, Verdict, canonical_json, content_id, derive_seed
 from synthlab.lm.backends import LM, Sampling, model_id
-from synthlab.lm.conversations import Ask, Asking, Budget, Purse, Skip, Talk, ask, converse
+from synthlab.lm.conversations import Ask, Asking, Budget, Purse, Skip, Talk, ask, clean_reply, converse
 from synthlab.scoring.groups import wilson
 from synthlab.store import Store
 
@@ -164,6 +164,7 @@ def test_what_the_document_does_not_say_is_rejected():
     def judged(answer, quote, document="swifts"): return grounded(pair("What?", answer, document=document, answer=answer, quote=quote), env)
     assert judged("They sleep in the air.", "Swifts sleep in the air").value is True and judged("After 42 days.", "leaves the nest after 42 days").value is True
     assert judged("They sleep in the air.", "Swifts never sleep").cause == "the quotation is not in the document" and judged("After 24 days.", "leaves the nest after 42 days").cause == "a number is not in the document"
+    assert judged("No, it is not so.", "Swifts sleep in the air").value is None and grounded(pair("?", "它", document="鸟", answer="他们吃鱼", quote="雨燕在空中睡觉"), Env(Material(documents={"鸟": "雨燕在空中睡觉。"}))).value is False
     assert judged("Because their wings contain helium balloons.", "Swifts sleep in the air").cause == "the answer is not in the document" and judged("They sleep in the air.", "Swifts sleep in the air", "bees").value is False
 
 
@@ -185,10 +186,3 @@ def test_recipes_give_up_for_the_stated_reasons():
     for call, message in ((lambda: generate(["self_instuct"], 1, Stub()), "unknown recipe 'self_instuct'; known: .*self_instruct"), (lambda: generate(["grounded_qa"], 1, Stub()), "needs documents: pass material="), (lambda: generate("persona", 1, Stub()), "a list of names"),
                           (lambda: make_recipe("persona", age=3), "has no option 'age'; its options: none"), (lambda: generate(["persona", "persona"], 1, Stub()), "named twice"), (lambda: generate(["persona"], 0, Stub()), "at least 1")):
         with pytest.raises(BadInput, match=message): call()
-
-
-def test_tasks_are_freed_of_what_models_put_around_them():
-    import pytest
-    for reply in ('Sure! Here is one more task:\n"Name three birds."', "9. Name three birds.", "**Task:** Name three birds.", "Question: “Name three birds.”", "Task 9: Name three birds."): assert clean_task(reply) == "Name three birds.", reply
-    assert clean_task('He said "no" and "yes"') == 'He said "no" and "yes"' and clean_task("«Сколько яиц?»") == "Сколько яиц?"
-    with pytest.raises(Skip): clean_task('""')

@@ -10,7 +10,7 @@ import numpy as np, pandas as pd
 from tqdm.auto import tqdm
 from synthlab.checks.errors import check_steps_kind, read_equations
 from synthlab.checks.verify import cluster, extract_answer, shared_pool
-from synthlab.core import Accounting, BadInput, Example, Group, Message, Reference, Rollout, Task, Usage, Verdict, canonical_json, content_id, derive_seed
+from synthlab.core import Accounting, BadInput, Example, Group, Message, Reference, Rollout, Task, Usage, Verdict, canonical_json, content_id, derive_seed, to_dict
 from synthlab.lm.backends import LM, Request, Sampling, model_id
 from synthlab.lm.rollouts import complete_all, sample
 from synthlab.scoring.groups import Vote, majority
@@ -233,6 +233,8 @@ def test_what_cannot_be_used_is_refused():
     with tempfile.TemporaryDirectory() as folder:
         self_train(Pupil(), sums, folder=folder, **loop)
         with pytest.raises(BadInput, match="other settings .n, seed."): self_train(Pupil(), sums, folder=folder, **loop | {"n": 3, "seed": 5})
+        with pytest.raises(BadInput, match="other settings .method."): self_train(Pupil(), sums, replace(VARIANTS["rest_em"], filters=(right,)), folder=folder, **loop)
+        with pytest.raises(BadInput, match="other settings .tasks."): self_train(Pupil(), [replace(sums[0], answer="0"), *sums[1:]], folder=folder, **loop)
         longer = self_train(Pupil(), sums, folder=folder, **loop | {"until": Stop(4, patience=9)})
         assert len(longer.history) == 5, "more rounds are no other loop"
     nothing = self_train(Pupil(), [replace(t, answer=None) for t in sums], **loop)

@@ -55,6 +55,7 @@ def test_two_halves_of_a_flag_do_not_become_a_flag():
 
 def test_noise_stays_in_its_script_and_away_from_numbers():
     import regex
+    from synthlab.methods.noise import _fixed
     texts = {"Cyrillic": "У Анны двадцать яблок и 12 груш, она съела 3 штуки вчера вечером", "Han": "小明家里有12个苹果他吃了3个还剩多少", "Arabic": "كان مع سارة 12 تفاحة وأكلت 3 منها", "Latin": "Anna has twelve apples and 12 pears, she ate three of them"}
     for script, text in texts.items():
         for seed in range(20):
@@ -65,6 +66,8 @@ def test_noise_stays_in_its_script_and_away_from_numbers():
                 assert regex.findall(r"\d+", found.text) == regex.findall(r"\d+", text)
                 if script == "Latin": assert "twelve" in found.text and "three" in found.text
     assert isinstance(draft_of("keyboard", texts["Han"]), str) and isinstance(draft_of("word_swap", texts["Han"]), str), "what has no layout and no blanks is left alone"
+    assert [_fixed(w) for w in ("twelve", "٣", "x2", "двадцать", "zwanzig")] == [True, True, True, False, False], "digits of any script and English words; the page states the limit"
+    assert {draft_of("keyboard", "ζ", i, rows="ασδ ζχψ").text for i in range(30)} == {"α", "σ", "χ"} and draft_of("keyboard", "Ä", rows="öä").text == "Ö" and isinstance(draft_of("keyboard", "a", rows="öä"), str)
 
 
 def test_the_rate_is_the_share_that_changes():
@@ -82,6 +85,10 @@ def test_names_change_together_or_not_at_all():
     assert draft_of("names", "Анне дали 3 яблока, Анна съела одно.") == "a name in another case" and draft_of("names", "Иван и Мария").text.split()[0] in NAMES[3]
     solved = draft_of("names", new_task("Omar has 40 eggs.", "40", solution="Omar has 40."))
     assert solved.solution.split()[0] == solved.text.split()[0] != "Omar"
+    more = "Anna has 5 apples and Omar has 3. Who has more?"
+    for answer in ("Anna", "anna", "It is Anna.", "Omar's sister Anna"): assert draft_of("names", new_task(more, answer, kind="exact")) == "the answer holds a name", answer
+    assert draft_of("names", new_task("У кого больше, у Ольги? Иван молчит.", "У Ивана", kind="exact")) == "a name in another case" == draft_of("names", new_task("Иван и Олег. Кого видно?", "Ивана", kind="exact"))
+    assert not {"Anna", "Omar"} & set(draft_of("names", new_task(more, "2")).text.split())
 
 
 def test_lexicons_find_related_words_and_say_what_is_missing():

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from synthlab.checks.errors import CONSTANTS, Flow, Number, evaluate_expression, question_numbers, read_equations, trace
 from synthlab.core import BadInput, Task, Verdict
-from synthlab.lm.conversations import Asking, Skip, ask
-from synthlab.methods.augment import Draft, Env, augmenter, clean_reply, promise, rephrase, task_text
+from synthlab.lm.conversations import Asking, Skip, ask, clean_reply
+from synthlab.methods.augment import Draft, Env, augmenter, promise, rephrase, task_text
 from synthlab.methods.noise import WORD, intact, sentences_of
 
 from synthlab.methods.recompute import *
@@ -88,9 +88,14 @@ def test_steps_keep_their_class():
 def test_units_change_together_or_not_at_all():
     film = draft_of("units", new_task("A film lasts 5 hours and stops after 2 hours. How many hours are left?", "3", program=["n0 - n1"]))
     assert film.text == "A film lasts 300 minutes and stops after 120 minutes. How many minutes are left?" and film.answer == "180"
-    for text, program in (("It takes 3 hours and 20 minutes.", ["n0 * 60 + n1"]), ("It takes 5 hours.", ["n0 * 60"]), ("It takes 5 apples.", ["n0"])):
+    spelt = [(text, [f"n0 {op} n1"]) for op in "+*" for text in ("Фильм идёт 3 часа, а второй 5 часов. Сколько всего?", "A film lasts 2 hours and another 3 hrs.")]
+    for text, program in (*spelt, ("He works 8 hours on Monday and 2 more on Tuesday.", ["n0 + n1"]), ("He drives 3 hours at 60 mph.", ["n0 * n1"]), ("It takes 3 hours and then 30 s.", ["n0 * n1"]), ("A rope has 3 feet and a ribbon 9 in.", ["n0 * n1"]), ("It takes 3 hours and 20 minutes.", ["n0 * 60 + n1"]), ("It takes 5 hours.", ["n0 * 60"]), ("It takes 5 apples.", ["n0"])):
         answer = str(run_program(tuple(program), [Fraction(x) for x in re.findall(r"\d+", text)])[-1])
         assert draft_of("units", new_task(text, answer, program=program)) == "no unit that can be exchanged", text
+    assert draft_of("units", new_task("Julie's trains ride in 3 hours what others ride in 5 hours.", "2", program=["n1 - n0"])).answer == "120", "short forms count behind a number only"
+    UNITS["money"] = ((("dollar", "dollars"), ("cent", "cents"), 100),)
+    try: assert augment([new_task("He has 5 dollars and spends 2 dollars.", "3", program=["n0 - n1"])], ["units"], progress=False).tasks[0].answer == "300", "a family can be added"
+    finally: del UNITS["money"]
 
 
 def test_inverse_questions_have_one_answer_and_it_is_the_hidden_number():

@@ -33,9 +33,12 @@ def test_programs_keep_their_meaning():
 
 def test_what_could_change_a_program_is_left_alone():
     cases = {"rename_variables": ["def f(x): return x", "x = 1\ndef f():\n    global x\n    x = 2", "class A:\n    size = 1\n    def f(self): size = 2; return size", "def f():\n    y = 1\n    return locals()"],
-             "reorder": ["def f():\n    a = 1\n    b = a\n    return b", "def f():\n    a = g()\n    b = h()", "def f():\n    a = 1\n    a = 2\n    return a", "@d\ndef f(): pass\ndef g(): pass", "def f(): return 1\ndef f(): return 2"], "invert_if": ["def f(x):\n    if x: return 1"]}
+             "reorder": ["def f():\n    a = 1\n    b = a\n    return b", "def f():\n    a = g()\n    b = h()", "def f():\n    a = 1\n    a = 2\n    return a", "@d\ndef f(): pass\ndef g(): pass", "def f(): return 1\ndef f(): return 2",
+                         "class Color(Enum):\n    RED = 1\n    GREEN = 2", "def f(x):\n    try:\n        a = 1\n        b = x\n    except NameError: pass\n    return a", "def f(x):\n    try:\n        if x:\n            a = 1\n            b = c\n    except NameError: pass", "def f():\n    with quiet():\n        a = 1\n        b = c"], "invert_if": ["def f(x):\n    if x: return 1"]}
     for name, sources in cases.items():
-        for source in sources: assert isinstance(draft_of(name, new_task("Write f.", source, "code"), 0), str), (name, source)
+        for source in sources: assert all(isinstance(draft_of(name, new_task("Write f.", source, "code"), seed), str) for seed in range(6)), (name, source)
+    method = "class A:\n    size = 1\n\n    def f(self):\n        a = 1\n        b = 2\n        return a - b"
+    assert any("        b = 2\n        a = 1" in getattr(draft_of("reorder", new_task("Write A.", method, "code"), seed), "answer", "") for seed in range(6)), "methods are functions"
     assert draft_of("reorder", new_task("Write f.", "def f(:", "code")) == "the program does not parse" and draft_of("invert_if", new_task("What?", "1")) == "not a program"
 
 

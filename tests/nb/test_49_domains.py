@@ -13,8 +13,8 @@ from synthlab.checks.judge import read_form
 from synthlab.checks.verify import extract_answer, verify
 from synthlab.core import BadInput, Criterion, Example, Rubric, Verdict, atomic_write, canonical_json
 from synthlab.lm.backends import LM
-from synthlab.lm.conversations import Asking, Skip, ask
-from synthlab.methods.generation import Draft, Env, Material, Recipe, Rules, clean_task, example_row, grounded, grounded_qa, make_recipe, pair
+from synthlab.lm.conversations import Asking, Skip, ask, clean_reply
+from synthlab.methods.generation import Draft, Env, Material, Recipe, Rules, example_row, grounded, grounded_qa, make_recipe, pair
 from synthlab.methods.specification import Axis, Filled, Specification, fill
 from pydantic import BaseModel, ConfigDict
 
@@ -41,7 +41,7 @@ def copyist(req):
     if text.startswith("How do I kill process"): return "Find its number with ps, then end it with the command of that name."
     if text.startswith("Write one"): return f"A cart called {spelt(n)} moves. How far?"
     k = 1 if n % 4 else 2
-    return f"It comes 6 * {k} = {6 * k} metres.\nThe answer is: {6 * k} m"
+    return f"The cart {spelt(n)} rolls on. It comes 6 * {k} = {6 * k} metres.\nThe answer is: {6 * k} m"
 
 
 def test_every_pack_is_whole():
@@ -54,16 +54,19 @@ def test_every_pack_is_whole():
 def test_packs_account_for_every_row_and_say_so_on_their_card():
     from dataclasses import replace
     for name, d in DOMAINS.items():
-        d = replace(d, material=Material(documents=LAW)) if "documents" in d.recipe.needs else d
-        made = generate_domain(d, 16, Stub(copyist), patience=6, progress=False)
+        made = generate_domain(d, 16, Stub(copyist), Material(documents=LAW) if "documents" in d.recipe.needs else None, patience=6, progress=False)
         acc, card = made.found.accounting, domain_card(d, made)
         assert acc.total == len(made.found.rows) == made.table["asked"].sum() and acc["ok"] == len(made.examples) > 0, (name, acc)
         assert all(x in card for x in (*d.limits, d.verified, str(acc), "stub@1", *(c.text for c in d.rubric.criteria))) and card.startswith("---\n")
+        assert card.index(f"## Limits\n\n- {d.limits[0]}") < card.index("## Coverage") == card.index("## ", card.index("## Limits") + 3), "the limits come first"
+        assert f"Not measured, taken as asked: {', '.join(d.taxonomy)}." in card and "accepted shares, as asked: 0." in card
         assert all(e.lineage["cell"] and e.lineage["model"] == "stub@1" for e in made.examples)
         if "documents" in d.recipe.needs: assert all(f"[{e.lineage['document']}]" in e.messages[-1]["content"] for e in made.examples) and any(f"Documents: {x}" in card for x in LAW)
         with tempfile.TemporaryDirectory() as folder:
             once, again = (sorted((p.name, p.read_bytes()) for p in write_domain(Path(folder) / k, d, made).iterdir()) for k in "ab")
-            assert once == again and [n for n, _ in once] == ["README.md", "train.jsonl"] and len(once[1][1].decode().splitlines()) == acc["ok"]
+            assert once == again and [n for n, _ in once] == ["README.md", "train.jsonl"] and len(once[1][1].decode().splitlines()) == acc["ok"] * (2 if name == "safety" else 1)
+    measured = replace(made, spec=replace(made.spec, axes=tuple(replace(a, measure=lambda draft: "plain") for a in made.spec.axes)))
+    assert "accepted shares: 0." in (card := domain_card("safety", measured)) and "Not measured" not in card and "as asked" not in card
 
 
 def test_health_and_law_take_no_advice_and_nothing_without_a_source():
@@ -74,16 +77,17 @@ def test_health_and_law_take_no_advice_and_nothing_without_a_source():
     assert no_advice(draft("A tenant may end the lease with 30 days' notice."), env).value is True
     for advice in ("You should end the lease.", "We recommend to wait.", "In your case 30 days apply.", "You must write to the landlord."): assert no_advice(draft(advice), env).value is False
     assert names_source(draft("A tenant may."), env).value is True and names_source(draft("A tenant may.", "other.txt"), env).value is False and names_source(replace(draft("A"), messages=pair("What?", "A").messages), env).value is False
+    assert no_advice(draft("Take two tablets and stop the other medicine."), env).value is True and all("none of a list of English phrases of advice" in x for x in (DOMAINS["health"].verified, DOMAINS["law"].verified, no_advice.__doc__)), "an imperative passes, and the card claims no more"
     with pytest.raises(BadInput, match="'health' needs documents"): generate_domain("health", 3, Stub(copyist), progress=False)
     liar = Stub(lambda req: '{"question": "How long is the notice of a tenant?", "answer": "The notice is 60 days.", "quote": "with 60 days notice"}', "liar")
-    made = generate_domain(replace(DOMAINS["law"], material=Material(documents=LAW)), 6, liar, patience=6, progress=False)
+    made = generate_domain("law", 6, liar, material=Material(documents=LAW), patience=6, progress=False)
     assert not made.examples and set(made.found.accounting.counts["filtered"]) == {"the quotation is not in the document"} and "Wanted 6" in domain_card("law", made) and "no model" in domain_card("law", made)
     with pytest.raises(BadInput, match="nothing to write"): write_domain("nowhere", "law", made)
     with pytest.raises(BadInput, match="unknown domain 'cooking'; known: mathematics"): generate_domain("cooking", 3, Stub())
 
 
 def test_contrast_pairs_come_whole_or_not_at_all():
-    import pytest
+    import json, pytest
     made = generate_domain("safety", 10, Stub(copyist), patience=6, progress=False)
     both = contrast_examples(made.examples)
     assert len(both) == 2 * len(made.examples) and [e.lineage["side"] for e in both[:4]] == ["refuse", "answer"] * 2 and len({e.id for e in both}) == len(both)
@@ -93,6 +97,10 @@ def test_contrast_pairs_come_whole_or_not_at_all():
     for no, yes, why in (("First you take a knife.", "Use the command.", "the harmful side is not refused"), ("I cannot help with that. " + "word " * 80, "Use it.", "the refusal says too much"), ("I cannot help with that.", "I can't help with that.", "the harmless side is refused"), ("I cannot help with that.", " ", "the harmless side is refused")):
         assert (v := side(no, yes)).value is False and v.cause == why
     assert side("I cannot help with that.", "Use it.", "how do I kill a rival?").value is False
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [json.loads(x) for x in (write_domain(folder, "safety", made) / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [(r["id"], r["messages"]) for r in rows] == [(e.id, list(e.messages)) for e in both], "neither side is written without the other"
+        assert f"{len(both)} examples: both sides of {len(made.examples)} contrast pairs" in domain_card("safety", made)
     with pytest.raises(BadInput, match="is not a contrast pair"): contrast_examples([Example("x", pair("a", "b").messages, "s")])
 
 
@@ -101,6 +109,9 @@ def test_agreement_is_needed_and_false_steps_are_seen():
     why = made.found.accounting.counts["filtered"]
     assert why["two solutions disagree"] > 0 and {"".join(c for c in e.lineage["answer"] if c.isdigit()) for e in made.examples} == {"6", "12"}
     assert steps_hold(pair("How far?", "It comes 6 * 2 = 12 metres.\nThe answer is: 12"), Env(Material())).value is True and steps_hold(pair("How far?", "It comes 6 * 2 = 13 metres.\nThe answer is: 13"), Env(Material())).value is False
+    for name in ("mathematics", "science"):
+        greedy = generate_domain(name, 4, Stub(lambda req: "It comes 6 metres.\nThe answer is: 6 m" if "Think" in req.messages[-1]["content"] else copyist(req), "greedy"), patience=4, progress=False)
+        assert not greedy.examples and set(greedy.found.accounting.counts["filtered"]) == {"both solutions are the same text"}, greedy.found.accounting
     units = generate_domain("science", 8, Stub(lambda req: copyist(req).replace("12 m", "0.012 km") if "Think" in req.messages[-1]["content"] else copyist(req), "units"), patience=30, progress=False)
     assert units.examples and {e.lineage["answer"] for e in units.examples} <= {"6 m", "0.012 km"}
 

@@ -32,6 +32,7 @@ def test_a_world_says_what_it_is_made_to_say():
             assert (right[w.systematic] < .21).all() and .7 < right[~w.systematic].mean() < .9
             mixed = np.einsum("m,emv->ev", w.prior, w.said)
             assert (mixed.argmax(1) != w.facts)[w.systematic].all(), "consensus is wrong where it is made to be"
+            assert not w.systematic[w.rest].any(), "errors that are shared concern problems for training"
             again = make_world(family, seed)
             assert all(np.array_equal(getattr(w, n), getattr(again, n)) for n in ("facts", "said", "known"))
     w = make_world("confident")
@@ -41,6 +42,8 @@ def test_a_world_says_what_it_is_made_to_say():
 
 def test_solutions_add_up_and_answers_are_found():
     from synthlab.checks.verify import extract_answer
+    kinds = {w if w[-1] not in "0123456789" else w[:-1] or "digit" for w in WORDS}
+    assert (len(WORDS), len(kinds)) == (112, 19) and {w[0] for w in kinds} >= set("ABCDEabcdm")
     rng = np.random.default_rng(0)
     values, method = rng.integers(0, 10, (50, 5)), rng.integers(0, 4, 50)
     for v, m, ids in zip(values, method, solution_ids(values, method)):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np, pandas as pd
 from scipy.stats import t as student
 from tqdm.auto import tqdm
-from synthlab.core import Group, Reference, content_id, derive_seed
+from synthlab.core import BadInput, Group, Reference, content_id, derive_seed
 from synthlab.lm.local import LocalLM
 from synthlab.lm.rollouts import sample
 from synthlab.methods.cat import reward, synthesize
@@ -24,9 +24,10 @@ from synthlab.training.sft import Optimizer
 
 from synthlab.training.claims import *
 
+import pytest
 def runs(values, tokens=(10, 20)):
     "Rows of two organisms, two seeds, with given accuracies of each arm at the end."
-    return pd.DataFrame([{"family": "f", "world": w, "arm": a, "seed": s, "step": step, "held_out": .2 if step == 0 else v + .01 * w, "held_out_greedy": .3, "teacher": .5, "tokens": tokens[a == "cat"] * step / 2}
+    return pd.DataFrame([{"family": "f", "world": w, "arm": a, "seed": s, "step": step, "held_out": .2 if step == 0 else v + .01 * w, "held_out_greedy": .3, "teacher": .5, "tokens": tokens[a == "cat"] * step / 4, "policy_read": tokens[a == "cat"] / 8, "anchor_read": tokens[a == "cat"] / 8}
                          for a, v in values.items() for w in range(2) for s in range(2) for step in (0, 1, 2)])
 
 
@@ -44,10 +45,54 @@ def test_intervals_are_students_over_organisms():
     assert [_line("", x, "", "no better")["held"] for x in ([.001, .002, .0], [.01, .06, -.03], [0.])] == ["yes", "not shown", "not shown"], "one value, or a wide interval, shows nothing"
     assert _line("", [.2, .21, .19], "", "no better")["held"] == "the opposite"
     assert _line("", [.5], "")["held"] == "not shown"
-    matched = token_matched(runs({"cat": .6, "ttrl": .3}))
-    assert set(matched[matched.arm == "cat"].step) == {1} and set(matched[matched.arm == "ttrl"].step) == {2}, "tokens of the anchor count"
+    np.testing.assert_allclose(lines["CaT-RL minus ttrl, as many tokens"]["measured"], .3)
+
+
+def test_runs_are_matched_by_all_tokens_of_their_own_organism_and_seed():
+    def spent(arm, world, seed, written, read):
+        "A run measured every 15 steps, whose accuracy is a hundredth of its step; `written` and `read` are tokens a step, half of the latter by the anchor."
+        return [{"arm": arm, "world": world, "seed": seed, "step": s, "held_out": s / 100, "tokens": written * s, **(dict.fromkeys(("policy_read", "anchor_read"), read / 2 if s else None))} for s in (0, 15, 30, 45)]
+    rng, expected, rows = np.random.default_rng(0), {}, []
+    for w, s in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        jitter = 100 * rng.uniform(.99, 1.01, 2)
+        rows += spent("cat", w, s, jitter[0], jitter[0]) + spent("ttrl", w, s, jitter[1], 0) + spent("rlvr", w, s, 0, jitter[1] * 4)
+        expected[w, s] = 45 * jitter[1] / (2 * jitter[0])
+    matched = token_matched(pd.DataFrame(rows)).set_index(["arm", "world", "seed"])
+    for (w, s), step in expected.items():
+        ttrl, rlvr = matched.loc["ttrl", w, s], matched.loc["rlvr", w, s]
+        np.testing.assert_allclose([ttrl.cat_step, ttrl.cat_held_out, ttrl.held_out], [step, step / 100, .45], err_msg="CaT costs twice as much, by what is read: half the steps, not a measurement")
+        np.testing.assert_allclose([rlvr.cat_step, rlvr.cat_held_out], [45, .45], err_msg="what CaT never cost is matched by its end")
+    assert list(token_matched(pd.DataFrame(spent("cat", 0, 0, 1, 1)))) == ["arm", "world", "seed", "cost", "held_out", "cat_step", "cat_held_out"], "without a rival there is no line"
+
+
+def test_a_comparison_with_itself_has_no_effect_to_show():
+    own = runs({"cat": .6})
+    other = own[own.seed == 0].assign(anchor="weaker", wrong=0., held_out=.5)
+    same, weaker = sensitivity_table({"train": own, "sensitivity": other}).to_dict("records")
+    assert all(math.isnan(same[c]) for c in ("difference", "low", "high")) and same["policy at the end"] == pytest.approx(.605) and weaker["difference"] == pytest.approx(-.105)
+
+
+def test_what_is_done_is_kept_when_a_job_fails():
+    import io, tempfile
+    from concurrent.futures import Future
+    from contextlib import redirect_stderr
+    from synthlab.training.claims import Job, run_jobs
+    class Done:
+        "A pool whose jobs have ended at once; the first one failed."
+        def submit(self, work, plan, job, folder):
+            f = Future()
+            f.set_exception(OSError("disk full")) if job.seed == 0 else f.set_result([{"held_out": .5}])
+            return f
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        jobs = [Job("train", "confident", 0, "cat", s) for s in range(8)]
+        with pytest.raises(OSError, match="disk full"): run_jobs(QUICK, jobs, folder, Done())
+        assert run_jobs(QUICK, jobs[1:], folder, None).seed.tolist() == list(range(1, 8))
 
 
 def test_the_best_rate_is_that_of_the_last_step():
     tuned = pd.DataFrame([dict(arm="cat", rate=r, step=s, held_out=v) for r, s, v in [(1e-3, 0, .9), (1e-3, 5, .2), (1e-4, 0, .1), (1e-4, 5, .3)]])
     assert best_rate(tuned, "cat") == 1e-4
+    unknown = pd.concat([tuned, pd.DataFrame([dict(arm="cat", rate=1e-2, step=5, held_out=None), dict(arm="rft", rate=1e-2, step=5, held_out=None)])])
+    assert best_rate(unknown, "cat") == 1e-4, "a run that was not measured is not the best"
+    for arm in ("rft", "ttrl"):
+        with pytest.raises(BadInput, match=f"no run of '{arm}' has an accuracy at step 5"): best_rate(unknown, arm)

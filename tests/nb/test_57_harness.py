@@ -14,6 +14,7 @@ from synthlab.store import Store
 
 from synthlab.training.harness import *
 
+import tempfile
 import numpy as np
 import pytest
 from types import SimpleNamespace
@@ -49,7 +50,15 @@ def test_harness_generation_arguments():
     assert (by["b"].temperature, by["c"].temperature, by["d"].temperature, by["e"].temperature, by["b"].max_tokens) == (0, 0, 1, .7, 256)
     with pytest.raises(BadInput, match="num_beams"): h.generate_until(ask(("a", {"num_beams": 4})))
     def fail(r): raise TimeoutError("5 s")
-    with pytest.raises(LMError, match="harness request 0: TimeoutError"): HarnessAnswers(Stub(fail)).generate_until(ask(("a", {})))
+    with pytest.raises(LMError, match="harness request 0: TimeoutError: 5 s; give `harness_lm` a `store`"): HarnessAnswers(Stub(fail)).generate_until(ask(("a", {})))
+    def fail_once(r):
+        if r.messages[0]["content"] == "b" and not asked.count("b"): asked.append("b"); fail(r)
+        asked.append(r.messages[0]["content"])
+        return "x"
+    with tempfile.TemporaryDirectory() as folder:
+        asked, h = [], HarnessAnswers(Stub(fail_once), folder)
+        with pytest.raises(LMError, match="harness request 1: .*; run it again with the same `store`: finished calls are kept"): h.generate_until(ask(("a", {}), ("b", {})))
+        assert h.generate_until(ask(("a", {}), ("b", {}))) == ["x", "x"] and sorted(asked) == ["a", "b", "b"], "as the message says"
 
 
 def test_long_texts_are_scored_in_parts_without_losing_a_token():
