@@ -268,7 +268,7 @@ def notes(log: RunLog, alarm: CollapseAlarm | None) -> list[tuple[str, bool]]:  
         out.append((f"{log.state} {log.detail}".strip().capitalize() + again, False))
     if log.state in ("failed", "unreadable"): out.append((log.detail, True))
     if silent(log): out.append((f"nothing new for {duration(log.quiet)}. If it was killed, call it again with the same folder and it goes on from its last checkpoint", True))
-    if fired is not None: out.append((f"collapse alarm at step {fired}: rollouts agree more while held-out accuracy falls. Keep the weights of an earlier step", True))
+    if alarm and fired is not None: out.append((f"collapse alarm at step {fired}: {alarm.reason(log.rows)}. Keep the weights of an earlier step", True))
     return out
 
 # %% ../../nbs/85_monitor.ipynb #a004ddf7

@@ -27,13 +27,13 @@ from ..scoring.logprobs import score_replies
 from .sft import Batch, Loss, Optimizer, Text, TrainingError, epoch_order, fit, is_large, lay_out, likelihood_loss, next_token, packed_logprobs, step_batch, text_sums
 
 # %% ../../nbs/51_grpo.ipynb #95646a11
-AVERAGES = ("rollout", "token", "longest")
+AVERAGES = ("rollout", "token", "longest", "sum")
 
 @dataclass(frozen=True)
 class Algorithm:
     "The choices in a policy-gradient step."
     scheme: str = "grpo"  # of `group_advantages`
-    average: str = "rollout"  # "rollout": every rollout counts the same | "token": every token does | "longest": divided by the largest possible length
+    average: str = "rollout"  # "rollout": every rollout counts the same | "token": every token does | "longest": divided by the largest possible length | "sum": by nothing, a rollout counts as much as it is long
     ratio: str = "token"  # "token" | "sequence"
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -42,7 +42,7 @@ class Algorithm:
     kl_kind: str = "k3"  # "k1" | "k2" | "k3"
     kl_ratio: bool = False  # times the ratio: the gradient of k3 is then that of the reverse KL, also off policy (DeepSeek-V3.2, arXiv 2512.02556)
     updates: int = 1  # gradient steps a batch of rollouts
-    replace_flat: int = 0  # DAPO's dynamic sampling: draw up to so many further batches of tasks to replace groups without spread
+    replace_flat: int = 0  # DAPO's dynamic sampling: draw up to so many further batches of tasks to replace groups without spread; a step's tokens and `drawn` count all groups, its other numbers those that were kept
 
     def __post_init__(self):
         checks = {"average": self.average in AVERAGES, "ratio": self.ratio in ("token", "sequence"), "kl_in": self.kl_in in ("loss", "reward"), "kl_kind": self.kl_kind in ("k1", "k2", "k3"),
@@ -52,7 +52,7 @@ class Algorithm:
 
 
 ALGORITHMS = {"grpo": Algorithm(), "dr_grpo": Algorithm("dr_grpo", "longest"), "dapo": Algorithm(average="token", clip_high=.28, replace_flat=2),
-              "gspo": Algorithm(ratio="sequence", clip_low=3e-4, clip_high=4e-4), "rloo": Algorithm("rloo")}
+              "gspo": Algorithm(ratio="sequence", clip_low=3e-4, clip_high=4e-4), "rloo": Algorithm("rloo", "sum")}
 
 # %% ../../nbs/51_grpo.ipynb #d6ab8e58
 def _divergence(lp: jax.Array, ref: jax.Array, kind: str) -> jax.Array:
@@ -90,7 +90,7 @@ def rollout_weights(
 ) -> list[float]:  # (N,) weight of each token of a rollout
     "Compute the weight of a token."
     N, total = len(lengths), max(1, sum(lengths))
-    return [{"rollout": 1 / (N * max(1, n)), "token": 1 / total, "longest": 1 / (N * longest)}[average] for n in lengths]
+    return [{"rollout": 1 / (N * max(1, n)), "token": 1 / total, "longest": 1 / (N * longest), "sum": 1 / N}[average] for n in lengths]
 
 
 def policy_units(
@@ -151,12 +151,15 @@ def diagnose(
 ) -> dict[str, float]:  # `groups`, `judged`, `unscored`, `no_reference` and tokens are counts; the rest are means over the groups for which they are defined
     "Measure one batch of groups: agreement, spread, tokens by role, and accuracy where gold answers are known."
     rows, stats = [_diagnose_group(g, r) for g, r in zip(groups, refs)], group_stats(rewards)
-    mean = lambda key: float(np.mean(known)) if (known := [r[key] for r in rows if not math.isnan(r[key])]) else math.nan
+    mean = lambda key: _mean([r[key] for r in rows if not math.isnan(r[key])])
     out = {"groups": len(groups), "judged": sum(not math.isnan(r["accuracy"]) for r in rows)} | {key: mean(key) for key in rows[0]}
+    return out | {"reward": stats.mean, "flat": stats.flat_share, "unscored": stats.unscored, "no_reference": sum(r.answer is None for r in refs)} | _tokens(groups, refs)
+
+
+def _tokens(groups: Sequence[Group], refs: Sequence[Reference]) -> dict[str, float]:
     anchor = sum((Usage(**r.evidence["usage"]) for r in refs if "usage" in r.evidence), Usage())
     policy = sum((r.usage for g in groups for r in g.rollouts), Usage())
-    return out | {"reward": stats.mean, "flat": stats.flat_share, "unscored": stats.unscored, "no_reference": sum(r.answer is None for r in refs),
-                  "policy_tokens": policy.completion_tokens, "policy_read": policy.prompt_tokens, "anchor_tokens": anchor.completion_tokens, "anchor_read": anchor.prompt_tokens}
+    return {"policy_tokens": policy.completion_tokens, "policy_read": policy.prompt_tokens, "anchor_tokens": anchor.completion_tokens, "anchor_read": anchor.prompt_tokens}
 
 
 def _diagnose_group(g: Group, ref: Reference) -> dict[str, float]:
@@ -180,7 +183,7 @@ class Sampler:
     "How a step gets its rollouts."
     tasks: int = 16  # a step
     rollouts: int = 8  # a task, G
-    temperature: float = 1.0
+    temperature: float = 1.0  # of drawing; the log-probs that are kept, and so the ratios, are those at temperature 1 without top-k or top-p
     max_tokens: int = 256
     anchor_tokens: int = 512  # of a reference
 
@@ -201,21 +204,23 @@ class _Batches:
     part: int
 
     def __call__(self, step: int, params: Params) -> tuple[list[Batch] | None, dict]:
-        groups, refs, rewards = self.draw(step, self.lm.with_params(params, f"{self.seed}-{step}"))
+        kept, drawn = self.draw(step, self.lm.with_params(params, f"{self.seed}-{step}"))
+        (groups, refs, rewards), (every, read, _) = zip(*kept), zip(*drawn)
+        rewards = np.array(rewards)
         units = _reinforce(self, groups, rewards) if self.method.learn == "rl" else _imitate(self, groups, refs, rewards)
-        row = diagnose(groups, refs, rewards)
+        row = diagnose(groups, refs, rewards) | _tokens(every, read) | {"drawn": len(drawn)}
         if not units: return None, row
         return [step_batch(self.lm.params, units, max(sum(len(t.inputs) for t in u) for u in units), self.part)] * self.algorithm.updates, row
 
-    def draw(self, step: int, policy: LocalLM) -> tuple[list[Group], list[Reference], np.ndarray]:
-        "Sample groups and reward them; with dynamic sampling, groups without spread are replaced."
-        tries, found, batch = 1 + self.algorithm.replace_flat, [], []
+    def draw(self, step: int, policy: LocalLM) -> tuple[list[tuple], list[tuple]]:  # (group, reference, rewards) of the groups that are kept, and of all that were drawn
+        "Sample groups and reward them; with dynamic sampling, groups without spread are replaced. What `diagnose` says of a step, such as accuracy, flat and majority_share, is then about the groups that were kept."
+        tries, found, batch, drawn = 1 + self.algorithm.replace_flat, [], [], []
         for again in range(tries):
             batch = list(zip(*self.attempt(step, step * tries + again, policy)))
+            drawn += batch
             found += batch if tries == 1 else [x for x in batch if len(set(x[2][~np.isnan(x[2])])) > 1]
             if len(found) >= self.sampler.tasks: break
-        groups, refs, rewards = zip(*(found or batch)[:self.sampler.tasks])
-        return list(groups), list(refs), np.array(rewards)
+        return (found or batch)[:self.sampler.tasks], drawn
 
     def attempt(self, step: int, at: int, policy: LocalLM) -> tuple[list[Group], list[Reference], np.ndarray]:
         s = self.sampler
@@ -266,21 +271,28 @@ class CollapseAlarm:
     def fires(self,
         history: Sequence[Mapping[str, float]],  # rows of a run
     ) -> int | None:  # the step at which it fires; None: it does not
-        "Look through a run's rows for the first step at which both signs hold."
-        best, at_best, share, run = 0., math.nan, math.nan, 0
+        "Look through a run's rows for the first step at which a rule holds: both signs together, or the large fall."
+        return self._look(history)[0]
+
+    def reason(self, history: Sequence[Mapping[str, float]]) -> str:  # "" where it does not fire
+        "Say what made it fire: how far accuracy fell and since when, and whether the rollouts agree more."
+        return self._look(history)[1]
+
+    def _look(self, history: Sequence[Mapping[str, float]]) -> tuple[int | None, str]:
+        best, spread, since, at_best, share, run = 0., 0., 0, math.nan, math.nan, 0
         for row in history:
             share = row["majority_share"] if not math.isnan(row.get("majority_share", math.nan)) else share
             if math.isnan(at_best): at_best = share  # before the first step there are no rollouts yet
             held = row.get("held_out", math.nan)
             if math.isnan(held): continue
-            if held > best: best, at_best = held, share
-            error = math.sqrt((best * (1 - best) + held * (1 - held)) / row.get("held_out_n", math.inf))
-            lost = best - held if best - held > error else 0.
-            run = run + 1 if lost > self.drift or lost > self.loss and share - at_best > self.agreement else 0
-            if run >= self.patience: return int(row["step"])
-        return None
+            noise, agrees = held * (1 - held) / row.get("held_out_n", math.inf), share - at_best > self.agreement
+            if held > best: best, spread, since, at_best, agrees = held, noise, int(row["step"]), share, False
+            lost = best - held if best - held > math.sqrt(spread + noise) else 0.
+            run = run + 1 if lost > self.drift or lost > self.loss and agrees else 0
+            if run >= self.patience: return int(row["step"]), f"held-out accuracy fell by {100 * lost:.1f} points since step {since}" + (" while rollouts agree more" if agrees else "")
+        return None, ""
 
-
+# %% ../../nbs/51_grpo.ipynb #c42285bd
 @dataclass(frozen=True)
 class TrainedPolicy:
     "A policy after reinforcement learning, and what every step reported."
@@ -291,9 +303,14 @@ class TrainedPolicy:
 
 def accuracy(lm: LM, tasks: Sequence[Task], temperature: float, max_tokens: int, seed: int = 0) -> float:  # over known verdicts
     "Measure the accuracy of one rollout a task."
+    return _mean(_known(lm, tasks, temperature, max_tokens, seed))
+
+def _known(lm: LM, tasks: Sequence[Task], temperature: float, max_tokens: int, seed: int = 0) -> list[float]:
+    "The verdicts on one rollout a task, without those that are not known."
     groups = sample(lm, tasks, 1, temperature=temperature, max_tokens=max_tokens, seed=seed, progress=False)
-    known = [v.value for row in gold_verdicts(groups) for v in row if v.value is not None]
-    return float(np.mean(known)) if known else math.nan
+    return [v.value for row in gold_verdicts(groups) for v in row if v.value is not None]
+
+def _mean(known: Sequence[float]) -> float: return float(np.mean(known)) if len(known) else math.nan
 
 # %% ../../nbs/51_grpo.ipynb #4c6c32a3
 SLOW = Optimizer(1e-5, "constant")
@@ -319,26 +336,36 @@ def train_rl(
     setting: Mapping[str, Any] | None = None,  # further arguments of `estimate`
     **options,  # of `fit`: lora, dtype, save_every, progress
 ) -> TrainedPolicy:
-    "Train a policy on its own rollouts. Raises `BadInput` for tasks that are also held out, `TrainingError` when the loss is not finite or the reward fails."
+    "Train a policy on its own rollouts. Raises `BadInput` for tasks that are also held out and for a folder that holds another run, `TrainingError` when the loss is not finite or the reward fails."
     method, algorithm = _named(method, METHODS, "method"), _named(algorithm, ALGORITHMS, "algorithm")
     if getattr(lm, "engine", "") != "jax": raise BadInput(f"training needs a local model that the JAX engine runs, not {lm.name!r}")
     _check_tasks(tasks, held_out, sampler)
     batches = _Batches(lm, tasks, method, algorithm, sampler, anchor or lm, judge, reward, seed, dict(setting or {}), part)
-    settings = {"method": asdict(method), "algorithm": asdict(algorithm), "sampler": asdict(sampler), "seed": seed, "model": f"{lm.name}@{lm.revision}", "tasks": content_id([t.id for t in tasks])}
+    settings = _settings(batches)
     done = fit(lm.params, likelihood_loss if method.learn != "rl" else policy_loss(algorithm), batches, steps, optimizer=optimizer, after=_measure(lm, held_out, sampler, steps, measure_every, seed),
-               stop=lambda rows: alarm is not None and alarm.stops and alarm.fires(rows) is not None, folder=folder, settings=settings, progress=options.pop("progress", "training"), **options)
+               stop=lambda rows: alarm is not None and alarm.stops and alarm.fires(rows) is not None, folder=folder, settings=settings | {"held_out": _tasks_id(held_out)}, progress=options.pop("progress", "training"), **options)
     if folder is not None: save_jax_model(done.params, Path(folder) / "model", like=lm.folder)
-    fired = alarm.fires(done.history.to_dict("records")) if alarm else None
-    if fired is not None: warnings.warn(f"collapse alarm at step {fired}: rollouts agree more while held-out accuracy falls; keep the weights of an earlier step", stacklevel=2)
-    return TrainedPolicy(lm.with_params(done.params, content_id(settings, *done.reached(steps), length=8)), done.history, fired)
+    rows = done.history.to_dict("records")
+    fired = alarm.fires(rows) if alarm else None
+    if alarm and fired is not None: warnings.warn(f"collapse alarm at step {fired}: {alarm.reason(rows)}; keep the weights of an earlier step", stacklevel=2)
+    return TrainedPolicy(lm.with_params(done.params, content_id(settings, asdict(optimizer), {k: options[k] for k in ("lora", "dtype") if k in options}, *done.reached(steps), length=8)), done.history, fired)
 
 # %% ../../nbs/51_grpo.ipynb #e01e748c
 def _measure(lm: LocalLM, held_out: Sequence[Task], sampler: Sampler, steps: int, every: int, seed: int) -> Callable[[int, Params], dict]:
     def after(step: int, params: Params) -> dict:
         if not held_out or step % every and step < steps: return {}
-        at = lambda t: accuracy(lm.with_params(params, f"{seed}-{step}"), held_out, t, sampler.max_tokens)
-        return {"held_out": at(1.), "held_out_greedy": at(0.), "held_out_n": len(held_out)}
+        drawn, greedy = (_known(lm.with_params(params, f"{seed}-{step}"), held_out, t, sampler.max_tokens) for t in (1., 0.))
+        return {"held_out": _mean(drawn), "held_out_n": len(drawn), "held_out_greedy": _mean(greedy), "held_out_greedy_n": len(greedy)}  # n: of known verdicts
     return after
+
+def _settings(run: _Batches) -> dict[str, Any]:
+    "What decides the outcome of a run, besides what `fit` knows. A function counts by its name, which `functools.wraps` passes on: give another one another name."
+    model, by_name = lambda m: f"{m.name}@{m.revision}", lambda f: getattr(f, "__qualname__", type(f).__name__)
+    setting = {k: by_name(v) if callable(v) else v for k, v in run.setting.items() if k not in ("store", "concurrency")}
+    return {"method": asdict(run.method), "algorithm": asdict(run.algorithm), "sampler": asdict(run.sampler), "seed": run.seed, "model": model(run.lm), "anchor": model(run.anchor),
+            "judge": model(run.judge) if run.judge else "", "reward": by_name(run.custom) if run.custom else "", "setting": content_id(setting), "tasks": _tasks_id(run.tasks)}
+
+def _tasks_id(tasks: Sequence[Task]) -> str: return content_id([(t.id, t.messages, t.answer, t.kind) for t in tasks])
 
 def _check_tasks(tasks: Sequence[Task], held_out: Sequence[Task], sampler: Sampler) -> None:
     if not tasks or sampler.tasks < 1 or sampler.rollouts < 1: raise BadInput(f"{len(tasks)} tasks, {sampler.tasks} a step with {sampler.rollouts} rollouts each: all must be at least 1")

@@ -11,9 +11,9 @@ __all__ = ['Array', 'Loss', 'LORA_NAMES', 'STOP', 'STATE', 'ON_REQUEST', 'OWN_RU
            'step_batch', 'is_large', 'sft', 'dpo', 'distill']
 
 # %% ../../nbs/50_sft.ipynb #b8effdbf
-import math, time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import math, signal, threading, time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -356,8 +356,14 @@ def request_stop(
 
 def read_metrics(store: Store) -> list[dict[str, Any]]:
     "Read what every step of a run reported, in their order; NaN where a number was not known."
-    rows = [{k: math.nan if v is None else v for k, v in r.items()} for r in store.rows("metrics").values()]
+    return _read_rows(store, "metrics")
+
+def _read_rows(store: Store, kind: str) -> list[dict[str, Any]]:
+    rows = [{k: math.nan if v is None else v for k, v in r.items()} for r in store.rows(kind).values()]
     return sorted(rows, key=lambda r: r["step"])
+
+def _stored(row: dict, kind: str = "") -> dict[str, dict]:
+    return {f"{kind}{row['step']:08d}": {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}}  # JSON has no NaN
 
 # %% ../../nbs/50_sft.ipynb #18a888cd
 class _Journal:
@@ -366,20 +372,25 @@ class _Journal:
     def __init__(self, folder: Path | None, settings: dict, step: int):
         self.store = None if folder is None else Store(folder)
         self.rows, self.fresh, self.last = [], {}, time.monotonic()
+        self.owed: dict | None = None if step else {"step": 0}  # the row of the step that was made last, while it lacks its measurement
         if self.store is None: return
         if (before := self.store.rows("run").get("settings", settings)) != settings:
             changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
             raise BadInput(f"{folder} holds a run with other settings ({', '.join(changed)}); choose another folder, or delete it to start again")
         self.store.put("run", {"settings": settings})
         self.rows = [r for r in read_metrics(self.store) if r["step"] <= step]
+        owed = [r for r in _read_rows(self.store, "owed") if r["step"] == step]
+        self.owed = None if self.rows and self.rows[-1]["step"] == step else owed[0] if owed else self.owed
 
     def add(self, row: dict) -> None:
+        "Complete the row that is owed."
         self.rows.append(row)
-        self.fresh[f"{row['step']:08d}"] = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}  # JSON has no NaN
+        self.fresh, self.owed = self.fresh | _stored(row), None
         if time.monotonic() - self.last > .5: self.flush()
 
     def flush(self) -> None:
         if self.store and self.fresh: self.store.put("metrics", self.fresh)
+        if self.store and self.owed and self.owed["step"]: self.store.put("owed", _stored(self.owed, "owed "))
         self.fresh, self.last = {}, time.monotonic()
 
     def asked(self) -> bool: return self.store is not None and (self.store.folder / STOP).exists()
@@ -414,34 +425,60 @@ def fit(
     lora: int = 0,  # rank of the changes; 0 trains all weights
     dtype: str = "float32",  # of the matrix products: "float32" | "bfloat16"
     held: Any = None,  # passed to the loss
-    after: Callable[[int, Params], dict] | None = None,  # called before the first and after each step; what it returns is reported with the step
+    after: Callable[[int, Params], dict] | None = None,  # called before the first and after each step; what it returns is reported with the step; broken off, it is called again when the run goes on
     stop: Callable[[list[dict]], bool] = lambda rows: False,  # asked after each step with all rows so far; True ends the run early, and its checkpoint is kept
     folder: str | Path | None = None,  # checkpoint and journal; a run that is there already goes on, and `request_stop` ends it
     save_every: int = 50,  # steps between checkpoints
     settings: Mapping[str, Any] | None = None,  # what else decides the outcome, JSON-able: another run in the same folder is refused
     progress: str = "training",  # label of the bar; "" for none
 ) -> Fit:
-    "Train. Raises `TrainingError` when the loss is not finite, `BadInput` for a folder that holds another run."
+    "Train. Raises `TrainingError` when the loss is not finite, `BadInput` for a folder that holds another run. Ctrl-C ends it after the update under way, and what is finished is kept."
     if steps < 1 or dtype not in ("float32", "bfloat16"): raise BadInput(f"steps >= 1 and dtype float32 or bfloat16, got {steps} and {dtype!r}")
     run = _Run(params, loss, steps, optimizer, lora, dtype, held, None if folder is None else Path(folder), dict(settings or {}))
     with tqdm(total=steps, initial=run.done, desc=progress, disable=not progress, unit="step") as bar:
         try:
-            if run.done == 0 and after and (row := after(0, merge(run.model))): run.journal.add({"step": 0, **row})
+            if run.journal.owed: run.measure(after)
             while run.done < steps and not run.journal.asked() and not stop(run.journal.rows):
                 bar.set_postfix({k: f"{v:.3g}" for k, v in run.advance(batches, after).items() if k in ("loss", "reward", "accuracy")})
                 bar.update()
                 if run.done % save_every == 0: run.save()
-        except KeyboardInterrupt: run.save(); run.journal.report("interrupted", run.done); raise
+            run.save()
+        except KeyboardInterrupt: run.save(); run.journal.report("interrupted", run.saved); raise
         except Exception as e:
-            with suppress(SynthlabError): run.journal.report("failed", run.done, f"{type(e).__name__}: {e}")  # a full disk must not hide what went wrong
+            with suppress(SynthlabError): run.save()  # a full disk must not hide what went wrong
+            with suppress(SynthlabError): run.journal.report("failed", run.saved, f"{type(e).__name__}: {e}")
             raise
-    run.save()
     if run.done == steps: run.journal.report("finished", steps)
     else: run.journal.report("stopped", run.done, ON_REQUEST if run.journal.asked() else OWN_RULE)
     names = sorted({n for row in run.journal.rows for n in row} - {"step"})
     return Fit(merge(run.model), pd.DataFrame(run.journal.rows, columns=["step", *names]), run.done)
 
 # %% ../../nbs/50_sft.ipynb #1729f263
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    "Hold Ctrl-C back until what is inside is done, and hand it on then; a second one comes through at once. Only the main thread hears it."
+    before, came = signal.getsignal(signal.SIGINT), []
+    if not callable(before) or threading.current_thread() is not threading.main_thread(): yield; return
+    def hold(*call):
+        came.append(call)
+        if len(came) > 1: before(*call)
+    signal.signal(signal.SIGINT, hold)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+    if came: before(*came[0])
+
+
+def _updated(run: "_Run", batches: Iterable[Batch]) -> tuple[tuple, dict[str, float]]:
+    "Move the weights once with each batch: the state after all of them, and the numbers of the last. New weights take the memory of the old."
+    state, row = run.state, {}
+    for batch in batches:
+        *new, numbers = run.step(*state, batch, run.rate(run.done), run.frozen, run.held)
+        state, row = tuple(new), {k: float(v) for k, v in numbers.items()}
+        if not all(math.isfinite(row[k]) for k in ("loss", "grad_norm")):
+            raise TrainingError(f"step {run.done + 1}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; lower the learning rate. The checkpoint of step {run.saved} is good")
+    return state, row
+
+# %% ../../nbs/50_sft.ipynb #e773a812
 class _Run:
     "The state of a training run."
 
@@ -465,23 +502,24 @@ class _Run:
         start, step = time.monotonic(), self.done + 1
         batch, row = batches(self.done, merge(self.model))
         if batch is None: row["skipped"] = 1
-        else:
-            for b in [batch] if isinstance(batch, Batch) else batch: row |= self.update(b, step)
-        self.done = step
-        if after: row |= after(step, merge(self.model))
-        self.journal.add({"step": step, **row, "seconds": time.monotonic() - start})
-        return row
+        with _ctrl_c_waits():
+            state, numbers = _updated(self, [] if batch is None else [batch] if isinstance(batch, Batch) else batch)
+            self.state, self.done, self.journal.owed = state, step, {"step": step, **row, **numbers, "seconds": time.monotonic() - start}
+        return self.measure(after)
 
-    def update(self, batch: Batch, step: int) -> dict[str, float]:
-        "Move the weights once. A step that fails halfway is taken again as a whole: what is kept is the state of a finished step."
-        *state, numbers = self.step(*self.state, batch, self.rate(self.done), self.frozen, self.held)
-        row = {k: float(v) for k, v in numbers.items()}
-        if not all(math.isfinite(row[k]) for k in ("loss", "grad_norm")):
-            raise TrainingError(f"step {step}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; lower the learning rate. The checkpoint of step {self.saved} is good")
-        self.state = tuple(state)
+    def measure(self, after: Callable | None) -> dict:
+        "Complete the row of the step that was made last. Broken off, the row stays owed."
+        start, row = time.monotonic(), dict(self.journal.owed or {})
+        if after: row |= after(self.done, merge(self.model))
+        if self.done: row["seconds"] += time.monotonic() - start
+        with _ctrl_c_waits():
+            if len(row) > 1: self.journal.add(row)
+            self.journal.owed = None
         return row
 
     def save(self) -> None:
+        "Write the checkpoint, and before it all rows up to its step. Weights of which an update has taken the memory are none."
+        if any(a.is_deleted() for a in jax.tree.leaves(self.state)): return
         self.journal.flush()
         if self.path and (self.done > self.saved or self.done == 0): save_checkpoint(self.path, self.done, self.state); self.saved = self.done
 
@@ -559,7 +597,7 @@ def _train(
     longest, steps = max(n for n in sizes if n <= room), max(1, round(epochs * len(units) / batch_size))
     def batches(step, model): return step_batch(lm.params, share([units[i] for i in epoch_order(len(units), batch_size, step, seed)]), longest, part), {}
     settings = {"method": method, "model": f"{lm.name}@{lm.revision}", "seed": seed, "batch_size": batch_size,
-                "data": content_id([[a.tolist() for a in (t.inputs, t.weights)] for u in units for t in u])}
+                "data": content_id([[a.tolist() for a in (t.inputs, t.targets, t.weights, t.ahead)] for u in units for t in u])}  # scores of a reference follow from them, and from the model
     found = fit(lm.params, loss, batches, steps, folder=folder, settings=settings, progress=options.pop("progress", method), **options)
     new = lm.with_params(found.params, content_id(settings, *found.reached(steps), {k: str(v) for k, v in options.items()}, length=8))
     if folder is not None: save_jax_model(found.params, Path(folder) / "model", like=lm.folder)
@@ -591,7 +629,7 @@ def sft(
 ) -> Trained:
     "Fine-tune on conversations: mean negative log-likelihood of what the assistant says. With `folder`, the model is also written to folder/model, for `hf:` and transformers."
     texts = [conversation(lm, e.messages, f"example {e.id}") for e in examples]
-    if prefix_lm: texts = [replace(t, ahead=np.cumsum(t.weights) == 0) for t in texts]
+    if prefix_lm: texts = [replace(t, ahead=np.cumsum([0, *t.weights[:-1]]) == 0) for t in texts]  # up to the last token before the reply, as `next_token` does with `prefix`
     return _train(lm, [[t] for t in texts], likelihood_loss, _per_token, method="sft", **options)
 
 
@@ -608,7 +646,7 @@ def dpo(
     scores = iter(score_replies(lm.params, [t.inputs[:1].tolist() for t in texts], [t.targets.tolist() for t in texts], progress=False))
     texts = [replace(t, extra={"reference": next(scores)[0] * t.weights}) for t in texts]
     def share(units): return [[replace(t, extra={**t.extra, "share": np.eye(1, len(t.inputs))[0] / len(units)}) for t in u] for u in units]
-    return _train(lm, list(zip(texts[::2], texts[1::2])), preference_loss, share, method="dpo", held=beta, **options)
+    return _train(lm, list(zip(texts[::2], texts[1::2])), preference_loss, share, method=f"dpo, beta {beta}", held=beta, **options)
 
 
 def distill(

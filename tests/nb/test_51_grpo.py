@@ -52,7 +52,7 @@ def test_losses_agree_with_float64_formulas():
     from synthlab.lm.jaxlm import log_probs
     from synthlab.scoring.groups import kl as kl_numpy
     params = random_params(tiny, 0, scale=.2)
-    for seed, algorithm in enumerate([ALGORITHMS["grpo"], ALGORITHMS["dr_grpo"], ALGORITHMS["dapo"], ALGORITHMS["gspo"], Algorithm(kl=.3), Algorithm(kl=.3, kl_kind="k1"), Algorithm(kl=.3, kl_kind="k2", average="token")]):
+    for seed, algorithm in enumerate([ALGORITHMS["grpo"], ALGORITHMS["dr_grpo"], ALGORITHMS["dapo"], ALGORITHMS["gspo"], ALGORITHMS["rloo"], Algorithm(kl=.3), Algorithm(kl=.3, kl_kind="k1"), Algorithm(kl=.3, kl_kind="k2", average="token")]):
         prompts, replies, old, ref, adv = drawn(seed)
         units = policy_units(prompts, replies, old, ref if algorithm.kl else None, adv, algorithm.average, 16)
         value, _ = policy_loss(algorithm)(params, jax.tree.map(lambda a: a[0], lay_out(units, 32)))
@@ -63,7 +63,7 @@ def test_losses_agree_with_float64_formulas():
             d = lp - o
             rho = np.exp(np.full(len(d), d.mean()) if algorithm.ratio == "sequence" else d)
             gain = np.minimum(rho * A, np.clip(rho, 1 - algorithm.clip_low, 1 + algorithm.clip_high) * A)
-            weight = {"rollout": 1 / (N * len(r)), "token": 1 / total, "longest": 1 / (N * 16)}[algorithm.average]
+            weight = {"rollout": 1 / (N * len(r)), "token": 1 / total, "longest": 1 / (N * 16), "sum": 1 / N}[algorithm.average]
             expected += weight * (-gain + (algorithm.kl * kl_numpy(lp, f, algorithm.kl_kind) if algorithm.kl else 0)).sum()
         np.testing.assert_allclose(value, expected, rtol=2e-4, atol=1e-6)
 
@@ -78,6 +78,11 @@ def test_on_policy_the_gradient_is_the_policy_gradient():
     plain = jax.grad(lambda p: -(packed_logprobs(p, b)[0] * b.weights * b.extra["advantage"]).sum())(params)
     for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(plain)): np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(value, -sum(a for a, r in zip(adv, replies) if r) / len(replies), rtol=1e-4)
+    rloo = ALGORITHMS["rloo"]
+    b = jax.tree.map(lambda a: a[0], lay_out(policy_units(prompts, replies, old, None, adv, rloo.average, 16), 32))
+    whole = lay_out([[next_token([*p, *r], np.repeat([0., a / len(replies)], [len(p), len(r)]))] for p, r, a in zip(prompts, replies, adv) if r], 32)
+    published = jax.grad(lambda p: likelihood_loss(p, jax.tree.map(lambda a: a[0], whole))[0])(params)  # A times the log-probability of the rollout, mean over rollouts
+    for x, y in zip(jax.tree.leaves(jax.grad(lambda p: policy_loss(rloo)(p, b)[0])(params)), jax.tree.leaves(published)): np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
 def test_what_teaches_nothing_is_left_out():
@@ -164,6 +169,47 @@ def test_what_goes_wrong_is_counted_or_said_and_never_learnt():
         with pytest.raises(TrainingError, match="must be .4, 4. finite numbers"): train_rl(lm, tasks, reward=lambda groups, refs: [[math.inf] * 4] * 4, **quick)
 
 
+def test_groups_that_are_replaced_are_paid_for():
+    with tempfile.TemporaryDirectory() as folder:
+        (lm, tasks), seen = untrained(folder), []
+        def seldom(groups, refs):
+            "Every second batch has one group with spread."
+            seen.extend(zip(groups, refs))
+            return [[float(len(seen) // 4 % 2 == 0 and g is groups[0] and i == 0) for i, _ in enumerate(g.rollouts)] for g in groups]
+        for own, kept in ((seldom, 1), (lambda groups, refs: seldom(groups, refs) and np.zeros((4, 4)), 4)):
+            seen.clear()
+            row = train_rl(lm, tasks, algorithm="dapo", reward=own, **quick | {"steps": 1}).history.iloc[-1]
+            assert (row["drawn"], row["groups"]) == (12, kept) and len(seen) == 12
+            assert row["policy_tokens"] == sum(r.usage.completion_tokens for g, _ in seen for r in g.rollouts) and row["anchor_read"] == sum(r.evidence["usage"]["prompt_tokens"] for _, r in seen)
+        assert row["flat"] == 1 and row["skipped"] == 1, "where all groups are flat, those of the last batch are reported"
+
+
+def test_a_folder_refuses_another_experiment():
+    def fours(groups, refs): return threes(groups, refs)
+    with tempfile.TemporaryDirectory() as folder:
+        lm, tasks = untrained(f"{folder}/lm")
+        held = problems(make_world(), 3, "held_out")
+        fixed = dict(reward=threes, held_out=held, folder=f"{folder}/run", **quick | {"steps": 1})
+        first = train_rl(lm, tasks, **fixed)
+        other = lm.with_params(lm.params, "other")
+        prompt = lambda task, texts, show_question=False: anchor_prompt(task, texts)
+        for name, change in [("anchor", {"anchor": other}), ("judge", {"judge": other}), ("reward", {"reward": fours}), ("reward", {"reward": None}), ("setting", {"setting": {"prompt": prompt}}),
+                             ("setting", {"setting": {"prompt": anchor_prompt, "show_question": True}}), ("held_out", {"held_out": held[:2]}), ("tasks", {"tasks": [replace(tasks[0], answer="A1"), *tasks[1:]]})]:
+            with pytest.raises(BadInput, match=rf"other settings \({name}\)"): train_rl(lm, **{"tasks": tasks, **fixed, **change})
+        assert train_rl(lm, tasks, **fixed).lm.revision == first.lm.revision
+        fresh = fixed | {"folder": None}
+        others = [train_rl(lm, tasks, **fresh | change).lm.revision for change in ({}, {"anchor": other}, {"optimizer": Optimizer(2e-2, "constant")}, {"lora": 2})]
+        assert others[0] == first.lm.revision and len(set(others)) == 4, "the name of the model tells what it learnt from and how"
+
+
+def test_what_cannot_be_judged_is_not_counted():
+    with tempfile.TemporaryDirectory() as folder:
+        lm, tasks = untrained(folder)
+        held = problems(make_world(), 5, "held_out")
+        row = train_rl(lm, tasks, held_out=[*held[:4], replace(held[4], answer=None)], **quick | {"steps": 1}).history.iloc[0]
+        assert (row["held_out_n"], row["held_out_greedy_n"]) == (4, 4), "a held-out task without a gold answer has no verdict"
+
+
 def test_diagnostics_by_hand():
     from synthlab.core import Rollout
     def group(gold, *texts): return Group(Task("q", "q?", gold), [Rollout("q", i, t, [1, 2], usage=Usage(3, 2, 1)) for i, t in enumerate(texts)])
@@ -190,3 +236,8 @@ def test_an_alarm_needs_both_signs_or_a_large_fall():
     assert CollapseAlarm().fires([{"step": 0, "held_out": .5}, row(1, .4, .47)]) is None, "the first rollouts are no rise"
     rows = [{"step": 0, "held_out": .5}, {"step": 1, "majority_share": .4}, row(2, .9, math.nan), row(3, .95, .3)]
     assert CollapseAlarm().fires(rows) == 3
+    says = lambda *rows: CollapseAlarm().reason(rows)
+    assert says(row(0, .4, .3), row(10, .5, .6), row(20, .9, .55)) == "held-out accuracy fell by 5.0 points since step 10 while rollouts agree more"
+    assert says(row(0, .4, .3), row(10, .5, .6), row(20, .3, .5)) == "held-out accuracy fell by 10.0 points since step 10" and says(row(0, .4, .3)) == ""
+    few_then_many = [row(0, .4, .5) | {"held_out_n": 20}, row(10, .9, .4) | {"held_out_n": 5000}]
+    assert CollapseAlarm().fires(few_then_many) is None, "the best measurement has an error of its own"

@@ -21,6 +21,7 @@ from synthlab.lab.monitor import *
 
 import json, math, tempfile, threading, time
 from dataclasses import replace
+from functools import update_wrapper
 from pathlib import Path
 import jax, numpy as np
 from synthlab.core import BadInput
@@ -43,7 +44,7 @@ def share(groups, refs):
 
 class Gate:
     "The same reward, which waits in one of its calls until it may go on."
-    def __init__(self, at): self.at, self.calls, self.here, self.open = at, 0, threading.Event(), threading.Event()
+    def __init__(self, at): update_wrapper(self, share); self.at, self.calls, self.here, self.open = at, 0, threading.Event(), threading.Event()
     def __call__(self, groups, refs):
         self.calls += 1
         if self.calls == self.at: self.here.set(); self.open.wait(200)
@@ -157,6 +158,8 @@ def test_a_page_says_how_a_run_does():
     assert not silent(replace(log, quiet=9.)) and not silent(replace(log, quiet=90., rows=[{"step": 1, "seconds": 60.}])) and not silent(replace(log, quiet=9e9, state="finished"))
     assert [duration(t) for t in (.123, 4.56, 75, 600, 7200, 3e5)] == ["0.12 s", "4.6 s", "75 s", "10 min", "2.0 h", "3.5 days"]
     assert "at 10" in numbers_html([log]) and "seconds" in numbers_html([log])
+    drifts = [{"step": s, "majority_share": .4, "held_out": .5 - .1 * s} for s in range(2)]
+    assert "Collapse alarm at step 1: held-out accuracy fell by 10.0 points since step 0. Keep" in run_html(replace(log, rows=drifts), 0, False, {}, CollapseAlarm(), True), "it does not say that rollouts agree"
 
 
 def test_hostile_text_is_shown_not_run():
