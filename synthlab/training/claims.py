@@ -181,7 +181,7 @@ def _run_plan(plan: Plan, run: Callable[[list[Job], str], pd.DataFrame]) -> dict
 
 def best_rate(tuned: pd.DataFrame, arm: str) -> float:
     "The learning rate with the best accuracy on validation problems at the last step. Raises `BadInput` where no run of the arm was measured there."
-    mine: Any = tuned[(tuned.arm == arm) & (tuned.step == tuned.step.max())].dropna(subset=["held_out"])
+    mine: Any = tuned[(tuned.arm == arm) & (tuned.step == tuned.step.max()) & tuned.held_out.notna()]
     if mine.empty: raise BadInput(f"no run of {arm!r} has an accuracy at step {tuned.step.max()}: give the plan validation problems and tune again")
     return float(mine.rate.iloc[mine.held_out.argmax()])
 
