@@ -975,12 +975,15 @@ def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).translate(_dashes).translate(_quote_marks).casefold().split())
 
 # %% ../../nbs/35_formats.ipynb #fa1f9bd1
+_unspaced = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # Thai, Japanese and Chinese: a character counts as a word
+
 def _holds(source: str, part: str, start: int) -> int:
-    "Where a part of a quotation ends in a source, in whole words; -1 if it is not there."
+    "Where a part of a quotation ends in a source, in whole words where there are blanks between words; -1 if it is not there."
+    inside = lambda a, b: (a + b).isalnum() and len(a + b) == 2 and not _unspaced.search(a + b)
     at = source.find(part, start)
     while at >= 0:
         end = at + len(part)
-        if not (at and source[at - 1].isalnum() and part[0].isalnum()) and not (source[end:end + 1].isalnum() and part[-1].isalnum()): return end
+        if not inside(source[max(0, at - 1):at], part[0]) and not inside(part[-1], source[end:end + 1]): return end
         at = source.find(part, at + 1)
     return -1
 
@@ -1041,7 +1044,7 @@ def find_citations(
             if stop > m.end() and (begin - end > 3 or text[end:begin].strip(" \n.,;:!?")): break
             own, end = own + ids, max(end, stop)
         quote = _mark.sub(lambda k: " " if _cited_ids(k, sources) else k[0], m[1] or m[2] or m[3] or "").strip()
-        if len(words := re.findall(r"\w+", quote)) >= 3 or own and words: quotes.append((quote, tuple(own)))
+        if len(words := re.findall(rf"{_unspaced.pattern}|\w+", quote)) >= 3 or own and words: quotes.append((quote, tuple(own)))
     bare = [s for s in split_sentences(text) if not _quote.search(s) and not any(_cited_ids(m, sources) for m in _mark.finditer(s))]
     return Citations(tuple(quotes), tuple(dict.fromkeys(i for _, _, ids in marks for i in ids)), tuple(bare))
 

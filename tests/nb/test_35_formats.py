@@ -389,6 +389,8 @@ def test_published_prompts_translate():
 
 
 def test_citations():
+    for quoted, there in (("在空中睡觉", True), ("在空中吃鱼", False), ("空 中", False), ("睡觉。它们吃昆虫", True)): assert check_citations(f"“{quoted}”", "", {"source": "雨燕在空中睡觉。它们吃昆虫。"})[0] is there, quoted
+    assert check_citations("“wifts sleep in the air”", "", {"source": "Swifts sleep in the air."})[0] is False, "whole words, where words are apart"
     cites = lambda text, **context: check_citations(text, "", {"sources": lease, **context})
     for text in ('"shall pay the rent" [4.2]', "“Shall  pay\nthe RENT” (source: 4.2).", '"the Tenant shall pay ... of each month." [4.2]',
                  '"The Tenant [Ms Li] shall not sublet"', "> The Tenant shall not sublet\n> the Premises [7.1]\n",

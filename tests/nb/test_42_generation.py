@@ -164,7 +164,8 @@ def test_what_the_document_does_not_say_is_rejected():
     def judged(answer, quote, document="swifts"): return grounded(pair("What?", answer, document=document, answer=answer, quote=quote), env)
     assert judged("They sleep in the air.", "Swifts sleep in the air").value is True and judged("After 42 days.", "leaves the nest after 42 days").value is True
     assert judged("They sleep in the air.", "Swifts never sleep").cause == "the quotation is not in the document" and judged("After 24 days.", "leaves the nest after 42 days").cause == "a number is not in the document"
-    assert judged("No, it is not so.", "Swifts sleep in the air").value is None and grounded(pair("?", "它", document="鸟", answer="他们吃鱼", quote="雨燕在空中睡觉"), Env(Material(documents={"鸟": "雨燕在空中睡觉。"}))).value is False
+    assert judged("No, it is not so.", "Swifts sleep in the air").value is None
+    assert [grounded(pair("?", "它", document="鸟", answer=a, quote="在空中睡觉"), Env(Material(documents={"鸟": "雨燕在空中睡觉。"}))).value for a in ("雨燕睡觉", "他们吃鱼")] == [True, False]
     assert judged("Because their wings contain helium balloons.", "Swifts sleep in the air").cause == "the answer is not in the document" and judged("They sleep in the air.", "Swifts sleep in the air", "bees").value is False
 
 
